@@ -1,0 +1,199 @@
+"""Classification: which one of K classes does an image show?
+
+The last class of two is the finding that is looked for ("normal", "pneumonia"): AUROC, sensitivity, specificity and F1
+are about it. With three or more classes AUROC and F1 are means over the classes, each against the rest.
+
+A statistics vector, float64, is laid out as
+
+    examples 1 · invalid 1 · loss 1 · confusion K·K (row = truth) · per finding: with · without · groups 30
+
+with one finding for two classes and K for more. "with" and "without" are histograms of the score of images with the
+finding and of the others, of 1,000 bins for two classes and fewer for many (models/statistics.py gives the error of
+the AUROC made of them); "groups" are the sums of the calibration. Counts are exact as float32 up to 2²⁴ images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models import intervals, statistics
+from models.fields import Problem
+from models.intervals import Interval
+from models.statistics import Floats
+from models.tasks import common
+
+if TYPE_CHECKING:
+    import torch
+
+TARGET: Final = "class"
+MOST_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Classification:
+    """See `models.tasks.Task`.
+
+    Attributes:
+        classes: their names; a target is an index into them.
+        batch_size: the study's batch size, the fixed denominator of the loss.
+    """
+
+    classes: tuple[str, ...]
+    batch_size: int
+    primary: str = "auroc"
+    target: Literal["class"] = TARGET
+
+    @property
+    def outputs(self) -> int:
+        """Scores per image."""
+        return len(self.classes)
+
+    @property
+    def layout(self) -> list[tuple[str, int]]:
+        """Names and sizes of the statistics in the order of the vector."""
+        findings = [entry for name in self._found for entry in common.finding_layout(name, self._bins)]
+        return [*common.LEADING, ("confusion", self.outputs * self.outputs), *findings]
+
+    @property
+    def size(self) -> int:
+        """Numbers in a statistics vector."""
+        return sum(size for _, size in self.layout)
+
+    @property
+    def _found(self) -> tuple[str, ...]:
+        """The classes that have a pair of histograms."""
+        return self.classes[-1:] if len(self.classes) == 2 else self.classes
+
+    @property
+    def _bins(self) -> int:
+        return common.bins_for(len(self._found))
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each image: float32 [n] from raw scores [n, K] and class indices int64 [n]."""
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(outputs, targets, reduction="none")
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of `losses` over the study's batch size. No class weights: they would be counted from patients."""
+        return self.losses(outputs, targets).sum() / self.batch_size
+
+    def statistics(
+        self, scores: NDArray[Any], targets: NDArray[Any], losses: NDArray[Any], spacing: NDArray[Any] | None = None
+    ) -> Floats:
+        """The sums over some images.
+
+        An image whose scores or loss are not finite is counted as invalid and nowhere else.
+
+        Args:
+            scores: raw network outputs [n, K].
+            targets: class indices [n].
+            losses: terms of the loss [n].
+            spacing: not used.
+
+        Returns:
+            float64 [size]; "examples" is n.
+
+        Raises:
+            ValueError: the arrays do not belong together, or a target is no index of a class.
+        """
+        values, truth, terms = np.asarray(scores, np.float64), np.asarray(targets, np.int64), np.asarray(losses)
+        if values.shape != (len(truth), self.outputs) or terms.shape != truth.shape or truth.ndim != 1:
+            raise ValueError(
+                f"scores {values.shape}, targets {truth.shape} and losses {terms.shape} do not belong together"
+            )
+        if len(truth) and not (truth.min() >= 0 and truth.max() < self.outputs):
+            raise ValueError(f"a target is outside 0 to {self.outputs - 1}")
+        good = np.isfinite(values).all(axis=1) & np.isfinite(terms)
+        values, truth, terms = values[good], truth[good], terms[good]
+        margins = statistics.margins(values)
+        pieces: list[Any] = [len(good), np.count_nonzero(~good), terms.sum(dtype=np.float64)]
+        pieces.append(statistics.confusion(values.argmax(axis=1), truth, self.outputs))
+        for name in self._found:
+            index = self.classes.index(name)
+            pieces += common.finding_sums(margins[:, index], truth == index, self._bins)
+        return common.vector(pieces)
+
+    def metrics(self, statistics: NDArray[Any]) -> dict[str, float]:
+        """The figures of a statistics vector [size], all finite.
+
+        Keys: images, invalid, and where they can be known loss, accuracy, balanced_accuracy, f1, auroc, auroc_error
+        (the bound of the bins, not a standard error) and calibration_error; for two classes sensitivity and
+        specificity as well. With three or more classes the calibration error is the mean over classes (Kull 2019,
+        arXiv 1910.12656).
+
+        Raises:
+            ValueError: the vector has another size or holds a number that is not finite.
+        """
+        return self._evaluate(statistics)[0]
+
+    def missing(self, statistics: NDArray[Any]) -> dict[str, str]:
+        """Why each metric that `metrics` leaves out cannot be known."""
+        return self._evaluate(statistics)[1]
+
+    def intervals(self, statistics: NDArray[Any]) -> dict[str, Interval]:
+        """95 % confidence intervals of accuracy, AUROC, balanced accuracy, sensitivity and specificity."""
+        found, parts = self.metrics(statistics), common.parts(self.layout, statistics)
+        table = parts["confusion"].reshape(self.outputs, self.outputs)
+        hits, rows = np.diag(table), table.sum(axis=1)
+        bounds: dict[str, Interval | None] = {"accuracy": intervals.wilson(hits.sum(), rows.sum())}
+        if "balanced_accuracy" in found:
+            shares = hits / rows
+            error = float(np.sqrt((shares * (1 - shares) / rows).sum()) / self.outputs)
+            bounds["balanced_accuracy"] = intervals.around(found["balanced_accuracy"], [error], high=1.0)
+        if self.outputs == 2:
+            bounds["specificity"] = intervals.wilson(hits[0], rows[0])
+            bounds["sensitivity"] = intervals.wilson(hits[1], rows[1])
+        if "auroc" in found:
+            bounds["auroc"] = common.auroc_interval(parts, self._found, found["auroc"])
+        return {name: interval for name, interval in bounds.items() if interval is not None}
+
+    def curves(self, statistics: NDArray[Any]) -> dict[str, Any]:
+        """What `models.plots` draws: classes, confusion [K, K], and per finding its ROC curve and calibration."""
+        parts = common.parts(self.layout, statistics)
+        return {
+            "classes": list(self.classes),
+            "confusion": parts["confusion"].reshape(self.outputs, self.outputs),
+            **common.finding_curves(parts, self._found),
+        }
+
+    def _evaluate(self, vector: NDArray[Any]) -> tuple[dict[str, float], dict[str, str]]:
+        parts = common.parts(self.layout, vector)
+        table = parts["confusion"].reshape(self.outputs, self.outputs)
+        images = float(table.sum())
+        found = {"images": images, "invalid": float(parts["invalid"][0])}
+        missing: dict[str, str] = {}
+        if not images > 0:
+            names = ("loss", "accuracy", "balanced_accuracy", "f1", "auroc", "auroc_error", "calibration_error")
+            two = ("sensitivity", "specificity") if self.outputs == 2 else ()
+            return found, dict.fromkeys((*names, *two), common.NO_IMAGE)
+        found["loss"] = float(parts["loss"][0] / images)
+        found["accuracy"] = float(np.trace(table) / images)
+        recalls, f1_scores = statistics.recalls(table), statistics.f1_scores(table)
+        absent = [name for name, recall in zip(self.classes, recalls, strict=True) if recall is None]
+        without = f"no image of class {', '.join(absent)} was scored"
+        common.keep(found, missing, "balanced_accuracy", recalls, without)
+        if self.outputs == 2:
+            common.keep(found, missing, "specificity", recalls[:1], without)
+            common.keep(found, missing, "sensitivity", recalls[1:], without)
+            f1_scores = f1_scores[1:]
+        common.keep(found, missing, "f1", f1_scores, without)
+        common.keep_findings(found, missing, parts, self._found, without)
+        return found, missing
+
+
+def create(spec: Mapping[str, Any]) -> Classification:
+    """The task of a specification that `problems` found nothing wrong with."""
+    batch_size = spec.get("optimiser", {}).get("batch_size", 32)
+    return Classification(tuple(spec["task"]["classes"]), batch_size)
+
+
+def problems(section: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the task section."""
+    example = 'Write the classes in the order of their numbers, the finding last: ["normal", "pneumonia"].'
+    return common.class_names(section, 2, MOST_CLASSES, example)

@@ -1,0 +1,245 @@
+"""What do real hospitals learn together, alone, and as if all images lay in one place?
+
+    make bench-learning
+    .venv/bin/python -m tests.bench.learning --set ham10000 --set lgg-mri --seeds 3
+
+Sets, hospitals, networks, sizes, rounds and steps are fixed in `learning_sets.py`. Every arm runs in the simulation,
+that is in the agents and the round loop of a real study, at equal compute (`server.arms`), and every model is measured
+on the test images of all hospitals together. Each run leaves a file under build/bench/learning/, and a run whose file
+is there is not repeated, so the bench may be broken off and started again.
+
+Differences are paired: both models of one seed start from the same weights, see the same split, and draw alike. Their
+interval is Student's over the seeds; the interval of a figure itself is that of its test images (`models.intervals`),
+its ends averaged over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client import training
+from client.imaging import Membership, Source, load
+from models import networks, plots, tasks, transforms, weights
+from privacy.canonical import sha256
+from privacy.study import Study
+from server import arms
+from server.simulation import POOLED, Simulation
+from tests.bench.learning_sets import SETS, Bench
+from tests.bench.table import FOLDER, Line, show
+
+ROOT = FOLDER / "learning"
+TOGETHER, IN_ONE_PLACE = "federated", "pooled"
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""The 97.5 % quantile of Student's t for so many seeds."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One set over its seeds, in points (hundredths) of the set's metric; lists have one number for each seed."""
+
+    federated: list[float]
+    pooled: list[float]
+    local: dict[str, list[float]]
+    low: float
+    high: float
+
+    @property
+    def alone(self) -> list[float]:
+        """The mean of the hospitals' own models, for each seed."""
+        return [statistics.fmean(values) for values in zip(*self.local.values(), strict=True)]
+
+
+def study(bench: Bench, sites: Sequence[str], seed: int) -> Study:
+    """The set's study at its hospitals, repeatable under one seed."""
+    text = bench.plan.replace("[rounds]\n", f"[rounds]\nseed = {seed}\n")
+    listed = ", ".join(f'"{site}"' for site in sites)
+    return Study.from_toml(f"sites = [{listed}]\n{text}[initial]\nseed = {seed}\n")
+
+
+def plans(draft: Study, sites: Sequence[str]) -> dict[str, Study]:
+    """The study of each arm."""
+    alone = {f"local {site}": arms.alone(draft, sites, site) for site in sites}
+    return {TOGETHER: arms.together(draft, sites), IN_ONE_PLACE: arms.pooled(draft, POOLED, len(sites)), **alone}
+
+
+def measure(name: str, seeds: int) -> None:
+    """Run what of a set has not been run yet."""
+    bench = SETS[name]
+    sites = bench.hospitals(ROOT / "data" / name)
+    todo = [
+        (seed, arm, plan)
+        for seed in range(1, seeds + 1)
+        for arm, plan in plans(study(bench, sites, seed), sites).items()
+        if not _done(name, arm, seed, plan)
+    ]
+    if not todo:
+        return
+    with Simulation(ROOT / "data" / name, sites, pooled=True, threads=1) as simulation:
+        for seed, arm, plan in todo:
+            begun = time.monotonic()
+            named = plan.model_copy(
+                update={"study": plan.study.model_copy(update={"name": f"{plan.study.name[:30]}-s{seed}"})}
+            )
+            model = simulation.run(named)
+            sums = simulation.measure(model, sites)
+            task, whole = tasks.get(plan.spec()), np.sum(list(sums.values()), axis=0)
+            record = {
+                "plan": _digest(plan),
+                "seconds": round(time.monotonic() - begun, 1),
+                "primary": task.primary,
+                "metrics": task.metrics(whole),
+                "intervals": task.intervals(whole),
+                "own": {site: task.metrics(found) for site, found in sums.items()},
+            }
+            _file(name, arm, seed).write_text(json.dumps(record, indent=1) + "\n")
+            figure = record["metrics"][task.primary]
+            print(f"{name}, seed {seed}, {arm}: {task.primary} {figure:.4f} in {record['seconds']} s", flush=True)
+
+
+def figures(name: str, seeds: int) -> Figures | None:
+    """What was measured of a set; None while something is missing."""
+    bench = SETS[name]
+    sites = bench.hospitals(ROOT / "data" / name)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(1, seeds + 1):
+        for arm, plan in plans(study(bench, sites, seed), sites).items():
+            if not _done(name, arm, seed, plan):
+                return None
+            found.setdefault(arm, []).append(json.loads(_file(name, arm, seed).read_text()))
+    points = {arm: [100 * record["metrics"][record["primary"]] for record in records] for arm, records in found.items()}
+    ends = [record["intervals"][record["primary"]] for record in found[IN_ONE_PLACE]]
+    return Figures(
+        points[TOGETHER],
+        points[IN_ONE_PLACE],
+        {arm.removeprefix("local "): values for arm, values in points.items() if arm.startswith("local ")},
+        100 * statistics.fmean(low for low, _ in ends),
+        100 * statistics.fmean(high for _, high in ends),
+    )
+
+
+def lines(name: str, found: Figures) -> list[Line]:
+    """A set in the table: the figures, and the two gaps that have a goal."""
+    bench, seeds = SETS[name], len(found.federated)
+    metric = "AUROC" if '"classification"' in bench.plan else "Dice"
+    federated, pooled, alone = (statistics.fmean(v) for v in (found.federated, found.pooled, found.alone))
+    gap, room = paired(found.pooled, found.federated)
+    gain, space = paired(found.alone, found.federated)
+    allowed = max(bench.margin, pooled - found.low)
+    beside = {"alone, mean": alone, "pooled": pooled}
+    interval = f"pooled from {found.low:.1f} to {found.high:.1f}, or {bench.margin:g}"
+    made = [
+        Line(f"{name}: federated {metric}, {seeds} seeds", "points", federated, beside),
+        Line(f"  pooled above federated{_give(room)}", "points", gap, {}, allowed, interval),
+        Line(f"  alone above federated{_give(space)}", "points", gain, {}, 0.0, "above the mean alone"),
+    ]
+    if bench.published:
+        made += [
+            Line(f"  {bench.published} published, above {which}", "points", bench.published - value, {}, 0.0, "reached")
+            for which, value in (("federated", federated), ("pooled", pooled))
+        ]
+    return made
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Mean of first − second over the seeds, and half its 95 % interval (NaN for one seed)."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if len(differences) not in STUDENT:
+        return statistics.fmean(differences), math.nan
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), STUDENT[len(differences)] * error
+
+
+def _give(half: float) -> str:
+    return f", ± {half:.1f}" if math.isfinite(half) else ""
+
+
+def waiting(name: str, steps: int = 30) -> Line:
+    """How much of a step the network waits for its images, at one hospital of a set, once they are prepared."""
+    import torch
+
+    bench = SETS[name]
+    sites = bench.hospitals(ROOT / "data" / name)
+    draft = study(bench, sites, 1)
+    spec = draft.spec()
+    source = Source.from_file(ROOT / "data" / name / sites[0] / "source.toml")
+    task = tasks.get(spec)
+    cohort = load(source, spec["input"], spec["task"]["classes"], spec["split"], bytes(32), None, target=task.target)
+    network = networks.build(spec).to("cuda" if torch.cuda.is_available() else "cpu")
+    plan, vector = training.Plan.of(draft), weights.trainable_vector(network)
+    plan = type(plan)(**{**plan.__dict__, "local_steps": steps})
+    augment = transforms.augmentation(spec)
+    training.train(network, task, cohort, plan, 1, vector.copy(), augment=augment)
+    trained = training.train(network, task, cohort, plan, 1, vector, augment=augment)
+    assert len(cohort.indices(Membership.TRAIN))
+    step, share = trained.seconds / trained.steps, 100 * trained.waited / trained.seconds
+    return Line(f"  of a step ({1000 * step:.0f} ms) waited for images", "%", share)
+
+
+def picture(all_found: dict[str, Figures], path: Path) -> None:
+    """All sets in one plot: each hospital alone, together, pooled."""
+    rows = {}
+    for name, found in all_found.items():
+        rows[name] = {
+            "alone, mean": statistics.fmean(found.alone) / 100,
+            "federated": statistics.fmean(found.federated) / 100,
+            "pooled": statistics.fmean(found.pooled) / 100,
+        }
+    plots.comparison(rows, path, "AUROC or Dice")
+
+
+def _file(name: str, arm: str, seed: int) -> Path:
+    folder = ROOT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{arm.replace(' ', '-')}-{seed}.json"
+
+
+def _digest(plan: Study) -> str:
+    body = plan.document().encode()
+    return sha256(body)
+
+
+def _done(name: str, arm: str, seed: int, plan: Study) -> bool:
+    path = _file(name, arm, seed)
+    return path.is_file() and json.loads(path.read_text())["plan"] == _digest(plan)
+
+
+def main() -> None:
+    """Measure, and show what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", choices=list(SETS), help="only these sets; may be repeated")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this number")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
+    chosen = parser.parse_args()
+    found, notes, table = {}, [], []
+    for name in chosen.set or SETS:
+        if not SETS[name].there:
+            notes.append(f"{name}: the images are not on this machine (CONSILIUM_DATA)")
+            continue
+        if not chosen.show:
+            measure(name, chosen.seeds)
+        one = figures(name, chosen.seeds)
+        if one is None:
+            notes.append(f"{name}: not measured to the end yet")
+            continue
+        found[name] = one
+        table += lines(name, one)
+        if not chosen.show:
+            table.append(waiting(name))
+    show("learning", "Alone, together, pooled", table, notes)
+    if found:
+        picture(found, FOLDER / "learning.png")
+        print(f"  {FOLDER / 'learning.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Preparation is the same on every call; augmentation follows its seed and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import transforms
+from models.transforms import TRANSFORMS, Pipeline
+
+NEEDED = {
+    "window": {"low": "0.2", "high": "0.8"},
+    "normalise": {"mean": "0.5", "std": "0.25"},
+    "contrast": {"gamma": "2"},
+}
+RANDOM = [name for name, transform in TRANSFORMS.items() if transform.random]
+ALWAYS = {"probability": "1"}
+
+
+def image(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).random(shape, dtype=np.float32)
+
+
+def one(name: str, size: tuple[int, ...] = (32, 32), **parameters: Any) -> Pipeline:
+    return Pipeline([{"name": name, "parameters": {**NEEDED.get(name, {}), **parameters}}], size)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 40), (1, 12, 16, 16)])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_step_keeps_type_and_channels_and_leaves_its_input_alone(name: str, shape: tuple[int, ...]) -> None:
+    given_image = image(*shape)
+    before = given_image.copy()
+    given_image.flags.writeable = False
+    result = one(name, shape[1:])(given_image, seed=3)
+    assert result.dtype == np.float32
+    assert result.shape == shape
+    assert np.isfinite(result).all()
+    assert result.flags.writeable
+    assert not np.shares_memory(result, given_image)
+    np.testing.assert_array_equal(given_image, before)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(RANDOM), min_size=1, max_size=3), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_a_seed_decides_alone(names: list[str], seed: int, other: int) -> None:
+    steps = [{"name": name, "parameters": ALWAYS} for name in names]
+    first, second = Pipeline(steps, (16, 16)), Pipeline(steps, (16, 16))
+    expected = first(image(1, 16, 16), seed)
+    first(image(1, 16, 16, seed=1), other)
+    np.random.seed(other % 2**32)
+    torch.manual_seed(other % 2**63)
+    np.testing.assert_array_equal(first(image(1, 16, 16), seed), expected)
+    np.testing.assert_array_equal(second(image(1, 16, 16), seed), expected)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_seeds_give_different_images_and_probability_nought_gives_the_same(name: str) -> None:
+    source = image(1, 24, 24)
+    results = {one(name, (24, 24))(source, seed).tobytes() for seed in range(30)}
+    assert len(results) >= 2
+    for seed in range(5):
+        unchanged = one(name, (24, 24), probability="0")(source, seed)
+        np.testing.assert_allclose(unchanged, source, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in RANDOM])
+def test_preparation_does_not_know_the_seed(name: str) -> None:
+    np.testing.assert_array_equal(one(name)(image(1, 32, 32), 1), one(name)(image(1, 32, 32), 2))
+
+
+EXPECTED = [
+    ("scale_intensity", {}, [[2.0, 4.0], [6.0, 6.0]], [[0.0, 0.5], [1.0, 1.0]]),
+    ("scale_intensity", {"low": "-1", "high": "1"}, [[2.0, 4.0], [6.0, 6.0]], [[-1.0, 0.0], [1.0, 1.0]]),
+    ("window", {"low": "-100", "high": "100"}, [[-500.0, 0.0], [50.0, 900.0]], [[0.0, 0.5], [0.75, 1.0]]),
+    ("normalise", {"mean": "3", "std": "2"}, [[3.0, 5.0], [1.0, 7.0]], [[0.0, 1.0], [-1.0, 2.0]]),
+    ("contrast", {"gamma": "2"}, [[0.0, 0.5], [1.0, 1.0]], [[0.0, 0.25], [1.0, 1.0]]),
+    ("random_flip", ALWAYS, [[1.0, 2.0], [3.0, 4.0]], [[2.0, 1.0], [4.0, 3.0]]),
+    ("random_flip", {**ALWAYS, "axis": "vertical"}, [[1.0, 2.0], [3.0, 4.0]], [[3.0, 4.0], [1.0, 2.0]]),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "before", "after"), EXPECTED)
+def test_worked_by_hand(name: str, parameters: Any, before: Any, after: Any) -> None:
+    result = one(name, (2, 2), **parameters)(np.array([before], np.float32))
+    np.testing.assert_allclose(result[0], after, atol=1e-5)
+
+
+def test_a_flat_image_stays_finite() -> None:
+    for name in TRANSFORMS:
+        assert np.isfinite(one(name)(np.full((1, 32, 32), 7, np.float32))).all(), name
+
+
+def test_a_turn_of_half_a_circle_is_found_again() -> None:
+    """The angle drawn is in degrees and within the bound: 180 or less, never radians taken for degrees."""
+    source = np.zeros((1, 33, 33), np.float32)
+    source[0, 4, 16] = 1
+    angles = []
+    for seed in range(60):
+        turned = one("random_rotate", (33, 33), degrees="20")(source, seed)[0]
+        row, column = np.unravel_index(turned.argmax(), turned.shape)
+        angles.append(abs(np.degrees(np.arctan2(column - 16, 16 - row))))
+    assert 12 < max(angles) <= 23
+
+
+def test_a_shift_is_a_share_of_the_image() -> None:
+    source = np.zeros((1, 41, 41), np.float32)
+    source[0, 20, 20] = 1
+    moves = []
+    for seed in range(60):
+        place = np.unravel_index(one("random_shift", (41, 41), shift="0.25")(source, seed)[0].argmax(), (41, 41))
+        moves.append(max(abs(place[0] - 20), abs(place[1] - 20)))
+    assert 8 <= max(moves) <= 11
+
+
+@pytest.mark.parametrize("shape", [(1, 50, 70), (1, 8, 200), (1, 32, 32)])
+def test_preparation_ends_in_the_size_of_the_network(spec_with: Any, shape: tuple[int, ...]) -> None:
+    prepare = transforms.preparation(spec_with())
+    assert prepare(image(*shape)).shape == (1, 32, 32)
+    np.testing.assert_array_equal(prepare(image(*shape)), prepare(image(*shape)))
+
+
+def test_steps_work_in_their_order() -> None:
+    steps = [
+        {"name": "scale_intensity", "parameters": {}},
+        {"name": "normalise", "parameters": {"mean": "1", "std": "1"}},
+    ]
+    source = image(1, 8, 8)
+    forward, backward = Pipeline(steps, (8, 8))(source), Pipeline(steps[::-1], (8, 8))(source)
+    assert (float(forward.min()), float(backward.min())) == pytest.approx((-1, 0))
+
+
+def test_monai_is_left_as_it_was(spec_with: Any) -> None:
+    from monai.data.meta_obj import get_track_meta
+
+    before = get_track_meta()
+    transforms.augmentation(spec_with())(image(1, 32, 32), 1)
+    assert get_track_meta() == before
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"name": "random_filp"}, "Did you mean random_flip"),
+        ({"name": "window", "parameters": {"low": "1"}}, "missing"),
+        ({"name": "gaussian_noise", "parameters": {"std": "-1"}}, "a number from 0"),
+    ],
+)
+def test_a_step_that_does_not_exist_is_refused(entry: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Pipeline([entry], (8, 8))
+
+
+MOVES = [name for name, transform in TRANSFORMS.items() if transform.moves]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 24, 24)])
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_mask_follows_its_image(name: str, size: tuple[int, ...]) -> None:
+    """The image is the mask itself, so wherever the moved image is surely inside or outside, so is the moved mask."""
+    mask = np.zeros(size, np.uint8)
+    mask[tuple(slice(side // 4, side // 2) for side in size)] = 3
+    before, step, moved = mask.copy(), one(name, size, **ALWAYS), 0
+    mask.flags.writeable = False
+    for seed in range(6):
+        picture = (mask > 0).astype(np.float32)[None]
+        image, labels = step(picture, seed, mask)
+        np.testing.assert_array_equal(image, step(picture, seed))
+        assert (labels.dtype, labels.shape) == (np.uint8, size)
+        assert set(np.unique(labels)) <= {0, 3}
+        assert not np.shares_memory(labels, mask)
+        if name in MOVES:
+            sure = (image[0] > 0.8) | (image[0] < 0.2)
+            assert ((labels > 0) == (image[0] > 0.5))[sure].mean() > 0.995
+            moved += not np.array_equal(labels, before)
+        else:
+            np.testing.assert_array_equal(labels, before)
+    assert moved or name not in MOVES
+    np.testing.assert_array_equal(mask, before)
+
+
+def test_several_steps_move_a_mask_as_one() -> None:
+    steps = [{"name": name, "parameters": ALWAYS} for name in MOVES]
+    pipeline, mask = Pipeline(steps, (32, 32)), np.zeros((32, 32), np.uint8)
+    mask[8:20, 10:24] = 1
+    for seed in range(10):
+        image, labels = pipeline(mask[None].astype(np.float32), seed, mask)
+        sure = (image[0] > 0.9) | (image[0] < 0.1)
+        assert ((labels > 0) == (image[0] > 0.5))[sure].mean() > 0.99
+
+
+def test_no_step_gives_copies() -> None:
+    mask = np.ones((8, 8), np.uint8)
+    picture, labels = Pipeline([], (8, 8))(image(1, 8, 8), 0, mask)
+    assert not np.shares_memory(labels, mask)
+    np.testing.assert_array_equal(labels, mask)
+    assert picture.shape == (1, 8, 8)
+
+
+def test_a_bend_is_a_share_of_the_image() -> None:
+    for size in ((64, 64), (32, 32, 32)):
+        moves = []
+        for seed in range(8):
+            mask = np.zeros(size, np.uint8)
+            mask[tuple(slice(side // 4, 3 * side // 4) for side in size)] = 1
+            labels = one("random_elastic", size, bend="0.1", probability="1")(
+                mask[None].astype(np.float32), seed, mask
+            )[1]
+            moves.append((labels != mask).mean() / mask.mean())
+        assert 0.01 < float(np.mean(moves)) < 0.5
+
+
+def test_a_volume_is_flipped_along_each_of_its_axes() -> None:
+    source = image(1, 4, 5, 6)
+    for axis, number in (("depth", 1), ("vertical", 2), ("horizontal", 3)):
+        flipped = one("random_flip", (4, 5, 6), axis=axis, **ALWAYS)(source)
+        np.testing.assert_array_equal(flipped, np.flip(source, number))

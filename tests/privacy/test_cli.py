@@ -1,0 +1,280 @@
+"""What the officer's program says of files, and how all programs speak of errors."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import typer
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from rich.console import Console
+
+from privacy import welcome
+from privacy.cli import app
+from privacy.errors import ConsiliumError
+from privacy.identity import Document, Identity, fingerprint
+from privacy.journal import Journal
+from privacy.roster import Consortium, Enrolment, Roster, enrol, expiry, revoke
+from privacy.study import Study, approval
+from privacy.study_text import template
+from privacy.terminal import os_error, run, table
+
+NOW = datetime.now(UTC)
+
+
+class Files:
+    """One consortium's papers in a folder, and the keys that signed them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.coordinator, self.anna, self.stranger = (Identity.generate() for _ in range(3))
+        key = ec.generate_private_key(ec.SECP384R1()).public_key()
+        pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+        self.enrolment = Enrolment(
+            consortium="lungs", site="anna", identity=self.anna.public, node_key=pem, not_after=expiry(NOW)
+        )
+        empty = Roster(consortium="lungs", version=0, coordinator=self.coordinator.public, sites=())
+        self.roster = enrol(empty, self.enrolment, NOW)
+        self.study = Study.from_toml(template("chest", ["anna"]))
+        consortium = Consortium(
+            name="lungs", coordinator=self.coordinator.public, superlink="fl.example.org:8443", ca="none"
+        )
+        self.write("consortium", consortium.signed(self.coordinator))
+        self.write("roster", self.roster.signed(self.coordinator))
+        self.write("enrolment", self.enrolment.signed(self.anna))
+        self.write("study", self.study.document().signed_by(self.coordinator))
+        self.write("approval", approval(self.study.hash, "anna", "xrays").signed_by(self.anna))
+
+    def write(self, name: str, document: Document) -> None:
+        document.write(self.folder / f"{name}.json")
+
+    def tampered(self, name: str, kind: str, **changes: object) -> None:
+        document = Document.read(self.folder / f"{name}.json", kind)
+        self.write(name, replace(document, body={**document.body, **changes}))
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    monkeypatch.chdir(tmp_path)
+    return Files(tmp_path)
+
+
+def verify(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = run(app, "consilium-officer", ["verify", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_papers_given_together_leave_little_open(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{name}.json" for name in ("approval", "study", "enrolment", "roster", "consortium")]
+    code, out, err = verify(capsys, *names, "--coordinator", fingerprint(files.coordinator.public))
+    assert (code, err) == (0, "")
+    assert "open" not in out
+    assert "signed with the key the roster lists for anna" in out
+    assert "it approves `chest`, the study given" in out
+    assert "NO differential privacy" in out
+
+
+def test_the_order_of_the_files_does_not_matter(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["consortium.json", "roster.json", "study.json", "approval.json"]
+    forward, backward = verify(capsys, *names)[1], verify(capsys, *reversed(names))[1]
+    assert sorted(forward.splitlines()) == sorted(backward.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "doubt"),
+    [
+        ("consortium", "compare it by telephone"),
+        ("study", "whose key that is"),
+        ("roster", "whose key that is"),
+        ("enrolment", "add its roster"),
+        ("approval", "add the roster"),
+    ],
+)
+def test_what_one_file_cannot_settle_is_said(
+    files: Files, capsys: pytest.CaptureFixture[str], name: str, doubt: str
+) -> None:
+    code, out, _ = verify(capsys, f"{name}.json")
+    assert code == 0
+    assert doubt in out
+
+
+@pytest.mark.parametrize("name", ["consortium", "roster", "enrolment", "approval"])
+def test_a_changed_file_is_found(files: Files, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    changes = {
+        "consortium": {"superlink": "evil.example.org:8443"},
+        "roster": {"version": 9},
+        "enrolment": {"site": "bruno"},
+        "approval": {"data": "everything"},
+    }
+    files.tampered(name, name, **changes[name])
+    code, out, err = verify(capsys, f"{name}.json")
+    assert code == 1
+    assert "cannot be trusted" in out
+    assert "A signature does not match" in err
+
+
+def test_a_changed_study_is_found(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    body = files.study.document().body
+    files.tampered("study", "study", rounds={**body["rounds"], "count": 99})
+    assert verify(capsys, "study.json")[0] == 1
+    files.write("study", files.study.document())
+    code, _, err = verify(capsys, "study.json")
+    assert code == 1
+    assert "Nobody signed this study" in err
+
+
+def test_a_study_that_leaves_a_default_out_is_refused(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    body = files.study.document().body
+    del body["publish"]
+    files.write("study", Document("study", body).signed_by(files.coordinator))
+    code, _, err = verify(capsys, "study.json")
+    assert code == 1
+    assert "not well formed" in err
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_study_signed_by_somebody_else_is_found(
+    files: Files, capsys: pytest.CaptureFixture[str], pinned: bool
+) -> None:
+    files.write("study", files.study.document().signed_by(files.stranger))
+    told = ["--coordinator", fingerprint(files.coordinator.public)] if pinned else ["consortium.json"]
+    code, _, err = verify(capsys, "study.json", *told)
+    assert code == 1
+    assert "Another key signed this" in err
+
+
+def test_an_approval_signed_by_somebody_else_is_found(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write("approval", approval(files.study.hash, "anna", "xrays").signed_by(files.stranger))
+    code, _, err = verify(capsys, "approval.json", "roster.json")
+    assert code == 1
+    assert "A signature does not match" in err
+
+
+def test_an_approval_of_a_site_outside_the_study_is_found(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write("approval", approval(files.study.hash, "bruno", "xrays").signed_by(files.stranger))
+    code, _, err = verify(capsys, "approval.json", "study.json")
+    assert code == 1
+    assert "does not name" in err
+
+
+def test_a_revoked_site_is_named_as_such(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    files.write("roster", revoke(files.roster, "anna").signed(files.coordinator))
+    assert "site anna, revoked" in verify(capsys, "roster.json")[1]
+
+
+def test_one_bad_file_does_not_hide_the_others(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    (files.folder / "notes.txt").write_text("hello")
+    code, out, err = verify(capsys, "notes.txt", "gone.json", "consortium.json")
+    assert code == 1
+    assert "consortium `lungs`" in out
+    assert err.count("→") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"kind":"study"}', b"\xff" * 50, b"1" * 5000])
+def test_rubbish_is_refused_in_words(files: Files, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (files.folder / "x").write_bytes(content)
+    code, _, err = verify(capsys, "x")
+    assert code == 1
+    assert "→" in err
+
+
+def journal(path: Path) -> None:
+    log = Journal(path)
+    for number in range(3):
+        log.append(
+            {"at": f"2030-01-0{number + 1}T00:00:00Z", "what": "train", "size": 1000, "study": "", "slot": number}
+        )
+    log.close()
+
+
+def test_a_journal_is_summed_up(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    journal(files.folder / "journal.jsonl")
+    code, out, _ = verify(capsys, "journal.jsonl")
+    assert code == 0
+    assert "3 entries" in out
+    assert "train: 3 times, 3,000 bytes" in out
+    assert "compare the head" in out
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_changed_or_missing_journal_line_is_found(
+    files: Files, capsys: pytest.CaptureFixture[str], line: int
+) -> None:
+    path = files.folder / "journal.jsonl"
+    journal(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:line], lines[line].replace(b"1000", b"10"), *lines[line + 1 :]]))
+    assert verify(capsys, "journal.jsonl")[0] == 1
+    path.write_bytes(b"".join([*lines[:line], *lines[line + 1 :]]))
+    code, _, err = verify(capsys, "journal.jsonl")
+    assert code == 1
+    assert "The journal was changed" in err
+
+
+def test_welcome_names_the_three_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(welcome.app, "consilium", []) == 0
+    out = capsys.readouterr().out
+    for command in ("consilium-coordinator", "consilium-site", "consilium-officer"):
+        assert command in out
+    assert out.count("  1. ") == out.count("  3. ") == 3
+
+
+# ---- how errors are spoken -----------------------------------------------------------------------------------
+
+
+def program(error: BaseException) -> typer.Typer:
+    made = typer.Typer(pretty_exceptions_enable=False)
+
+    @made.command()
+    def fail() -> None:
+        raise error
+
+    return made
+
+
+def test_an_error_says_what_to_what_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConsiliumError("It broke", "the [bold]thing[/]", "Mend [it].")
+    assert run(program(error), "x", []) == 1
+    assert capsys.readouterr().err == "It broke: the [bold]thing[/]\n  → Mend [it].\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EIO])
+def test_errors_of_the_system_have_a_remedy(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(program(OSError(number, "in the system's words", "/some/file")), "x", []) == 1
+    err = capsys.readouterr().err
+    assert "/some/file" in err
+    assert "→" in err
+
+
+def test_an_unknown_error_of_the_system_keeps_its_words() -> None:
+    assert "in the system's words" in os_error(OSError(errno.EIO, "in the system's words", "/some/file")).subject
+
+
+def test_interrupting_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(program(KeyboardInterrupt()), "x", []) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_defect_shows_itself() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(program(ZeroDivisionError()), "x", [])
+
+
+def test_with_debugging_on_errors_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONSILIUM_DEBUG", "1")
+    with pytest.raises(ConsiliumError):
+        run(program(ConsiliumError("a", "b", "c")), "x", [])
+
+
+def test_a_narrow_terminal_never_cuts_a_hash() -> None:
+    console = Console(width=40)
+    with console.capture() as capture:
+        console.print(table("study", "hash", rows=[("[x]", "0123456789" * 6)]))
+    shown = capture.get()
+    assert "[x]" in shown
+    assert "".join(c for c in shown if c.isdigit()) == "0123456789" * 6

@@ -1,0 +1,229 @@
+"""A simulated consortium: the same bits in every run, honest baselines, and errors in words."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from privacy.errors import ConsiliumError
+from privacy.study import Study
+from privacy.terminal import run
+from server import arms
+from server.cli import app
+from server.simulation import POOLED, Simulation, metrics, names
+
+SITES = ("north", "south", "west")
+
+DRAFT = """
+sites = ["north", "south", "west"]
+[study]
+name = "tiny"
+title = "A tiny study"
+purpose = "To test."
+[task]
+classes = ["normal", "finding"]
+[network]
+name = "resnet-small"
+[input]
+size = [8, 8]
+augmentation = [{ name = "random_flip" }]
+[optimiser]
+name = "sgd"
+learning_rate = 0.02
+batch_size = 8
+[rounds]
+count = 3
+local_steps = 2
+seed = 11
+"""
+
+
+def draft(extra: str = "") -> Study:
+    return Study.from_toml(DRAFT + extra)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 patients with two images each; who has the finding is brighter."""
+    folder = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(2)
+    patients = [f"p{i // 2}" for i in range(240)]
+    labels = np.array([i // 2 % 2 for i in range(240)])
+    pixels = rng.integers(0, 150, (240, 8, 8)) + 100 * labels[:, None, None]
+    np.savez(folder / "images.npz", images=pixels.astype(np.uint8))
+    rows = [f"{i},{labels[i]},{patients[i]}" for i in range(240)]
+    (folder / "index.csv").write_text("\n".join(["file,label,patient", *rows]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def simulation(data: Path):
+    with Simulation(data, SITES, pooled=True, threads=1) as made:
+        yield made
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '[aggregation]\nstrategy = "fedyogi"\nserver_learning_rate = 0.01\n',
+        '[aggregation]\nstrategy = "scaffold"\n[local]\nnorms = "local"\npersonal = "ditto"\n',
+    ],
+    ids=["fedyogi", "scaffold with own norms and personal models"],
+)
+def test_two_simulations_are_equal_bit_for_bit(data: Path, extra: str) -> None:
+    found = []
+    for _ in range(2):
+        with Simulation(data, SITES, threads=1) as fresh:
+            finished = fresh.run(arms.together(draft(extra), SITES))
+            assert finished.test is not None
+            history = fresh.registry.course(finished.record.hash).evaluations("validation")
+            figures = [(number, dict(one.metrics)) for number, one in sorted(history.items())]
+            found.append((digest(finished.model), dict(finished.test.metrics), figures, finished.record.hash))
+    assert found[0] == found[1]
+
+
+def test_secure_sums_repeat_themselves_too(data: Path) -> None:
+    """Masks are drawn anew in every run; what is opened is the exact sum on the grid."""
+    sites, found = ("east", *SITES), []
+    study = draft('[aggregation]\nminimum_sites = 3\n[secagg]\nmode = "on"\n')
+    for _ in range(2):
+        with Simulation(data, sites, threads=1) as fresh:
+            finished = fresh.run(arms.together(study, sites))
+            assert finished.test is not None
+            found.append((digest(finished.model), dict(finished.test.metrics)))
+    assert found[0] == found[1]
+
+
+def test_without_a_seed_they_are_not(simulation: Simulation) -> None:
+    plan = arms.together(draft().model_copy(update={"rounds": draft().rounds.model_copy(update={"seed": 0})}), SITES)
+    again = arms.together(plan.model_copy(update={"study": plan.study.model_copy(update={"name": "again"})}), SITES)
+    assert digest(simulation.run(plan).model) != digest(simulation.run(again).model)
+
+
+def test_everything_in_one_place_is_what_all_have_and_takes_the_steps_of_all(simulation: Simulation) -> None:
+    plan = arms.pooled(draft(), POOLED, len(SITES))
+    assert (plan.sites, plan.rounds.local_steps, plan.aggregation.minimum_sites) == ((POOLED,), 6, 1)
+    finished = simulation.run(plan)
+    spread = simulation.measure(finished, SITES)
+    assert finished.test is not None
+    assert metrics(plan, spread) == pytest.approx(dict(finished.test.metrics), rel=1e-5)
+    assert sum(simulation.images.values()) == 240
+
+
+def test_a_hospital_alone_sees_no_other_and_a_hospital_left_out_is_not_asked(simulation: Simulation) -> None:
+    alone = simulation.run(arms.alone(draft(), SITES, "south"))
+    assert alone.test is not None
+    assert alone.test.sites == ("south",)
+    rest = simulation.run(arms.without(draft(), SITES, "south"))
+    assert rest.record.study.sites == ("north", "west")
+    assert rest.test is not None
+    assert rest.test.sites == ("north", "west")
+    own = metrics(rest.record.study, simulation.measure(rest, ["south"]))
+    assert own["images"] == alone.test.metrics["images"]
+
+
+def test_equal_compute_means_the_rule_of_the_server_only_acts_where_there_is_something_to_combine() -> None:
+    study = draft('[aggregation]\nstrategy = "fedadam"\nserver_learning_rate = 0.01\n')
+    assert arms.together(study, SITES).aggregation.strategy == "fedadam"
+    for plan in (arms.alone(study, SITES, "west"), arms.pooled(study, POOLED, 3)):
+        assert (plan.aggregation.strategy, plan.aggregation.server_learning_rate) == ("fedavg", "1")
+    with pytest.raises(ConsiliumError, match="cannot be left out"):
+        arms.without(study, SITES, "east")
+
+
+def test_the_arms_of_a_study_with_secure_sums_are_studies_that_can_stand() -> None:
+    study = draft('[aggregation]\nminimum_sites = 3\n[secagg]\nmode = "on"\n')
+    four = ("east", *SITES)
+    assert arms.alone(study, four, "east").secagg.mode == "off"
+    assert arms.pooled(study, POOLED, 4).secagg.mode == "off"
+    assert arms.together(study, four).secagg.threshold == 3
+    assert arms.without(study, four, "east").secagg.mode == "on"
+    with pytest.raises(ConsiliumError, match="cannot be run at these hospitals"):
+        arms.without(study, SITES, "west")
+
+
+def test_the_studys_names_are_kept_where_they_are_enough() -> None:
+    assert names(draft(), 3) == SITES
+    assert names(draft(), 4) == ("site-001", "site-002", "site-003", "site-004")
+
+
+def test_hospitals_that_are_gone_are_missed_in_words(data: Path) -> None:
+    with Simulation(data, SITES, threads=1) as fresh:
+        fresh.hospitals._child.kill()
+        with pytest.raises(ConsiliumError, match="ended before their work was done"):
+            fresh.run(arms.together(draft(), SITES))
+
+
+# ---- the commands --------------------------------------------------------------------------------------------
+
+
+def call(*arguments: str) -> int:
+    return run(app, "consilium-coordinator", arguments)
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(DRAFT)
+    return path
+
+
+def test_baseline_all_leaves_one_table_one_plot_and_every_arm(
+    study_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    assert call("baseline", "all", str(study_file), "--data", str(data), "--out", str(target), "--threads", "1") == 0
+    said = capsys.readouterr().out
+    assert "north alone" in said
+    assert (target / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((target / "comparison.json").read_text())
+    models = [row["model"] for row in found["results"] if row["images_of"] == "all hospitals"]
+    assert models == ["together", "north alone", "south alone", "west alone", "pooled"]
+    images = {row["metrics"]["images"] for row in found["results"] if row["images_of"] == "all hospitals"}
+    assert len(images) == 1, "every model is measured on the same images"
+    with (target / "comparison.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5 * 4
+    for folder in ("together", "north-alone", "pooled"):
+        assert {"model.safetensors", "MODEL_CARD.md", "metrics.csv"} <= {p.name for p in (target / folder).iterdir()}
+
+
+def test_simulate_with_another_number_of_sites_and_one_left_out(
+    study_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    options = ("--sites", "4", "--leave-out", "site-002", "--data", str(data), "--out", str(target), "--threads", "1")
+    assert call("simulate", str(study_file), *options) == 0
+    assert "site-002" in capsys.readouterr().out
+    assert call("simulate", str(study_file), "--data", str(data), "--out", str(target)) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_dealt_out_are_named(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("simulate", str(study_file), "--data", str(tmp_path), "--out", str(tmp_path / "out")) == 1
+    assert "dealt out" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_hundred_hospitals_on_one_machine(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    labels = np.arange(3000) % 2
+    pixels = rng.integers(0, 150, (3000, 8, 8)) + 100 * labels[:, None, None]
+    np.savez(tmp_path / "images.npz", images=pixels.astype(np.uint8))
+    rows = [f"{i},{labels[i]},p{i}" for i in range(3000)]
+    (tmp_path / "index.csv").write_text("\n".join(["file,label,patient", *rows]))
+    sites = names(draft(), 100)
+    with Simulation(tmp_path, sites, threads=1) as many:
+        finished = many.run(arms.together(draft(), sites))
+    assert finished.test is not None
+    assert len(finished.test.sites) == 100
