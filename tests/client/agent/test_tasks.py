@@ -12,7 +12,7 @@ import pytest
 from models import additive, tasks
 from models.weights import Layout
 from privacy.study import Study
-from tests.client.agent.bed import Bed, make_bed
+from tests.client.agent.bed import Bed, make_bed, with_sides
 
 
 def _images(kind: str, size: tuple[int, ...], count: int = 40) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _bed(folder: Path, kind: str, size: tuple[int, ...], network: str, train: st
         )
 
     bed = make_bed(folder, change=change)
-    np.savez(folder / "images.npz", **_images(kind, size))
+    np.savez(folder / "images.npz", **with_sides(_images(kind, size)))
     return bed
 
 
