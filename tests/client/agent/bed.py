@@ -169,7 +169,8 @@ class Bed:
 def with_sides(arrays: dict[str, Any]) -> dict[str, Any]:
     """Arrays that bring their own split, six tenths to train, so that no key decides which classes a side has."""
     count = len(arrays["images"])
-    bounds = {"train": (0, 6 * count // 10), "val": (6 * count // 10, 8 * count // 10), "test": (8 * count // 10, count)}
+    first, second = 6 * count // 10, 8 * count // 10
+    bounds = {"train": (0, first), "val": (first, second), "test": (second, count)}
     return {f"{side}_{name}": data[slice(*span)] for name, data in arrays.items() for side, span in bounds.items()}
 
 
