@@ -13,6 +13,9 @@ help:
 	@echo "make lint        ruff and mypy"
 	@echo "make bench-rounds  seconds and memory of a round, beside stock Flower (and NVFLARE when installed)"
 	@echo "make bench-secagg  a secure sum, beside Flower's SecAgg+ and a bare keystream"
+	@echo "make bench-ledger  entries a second into the ledger, in memory and on the disk, and sizes of its proofs"
+	@echo "make bench-dp    clipping each patient's gradient, beside Opacus and beside training without"
+	@echo "make bench-privacy  the same epsilon: pooled, shared noise, noise of each hospital, a hospital alone"
 	@echo "make bench-imaging files a second, indexed and decoded, beside pydicom and MONAI"
 	@echo "make bench-learning  real sets: hospitals alone, together and pooled (hours; may be broken off and started again)"
 

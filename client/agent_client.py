@@ -217,6 +217,23 @@ class Local(_Door):
         with self._speaking():
             yield from self._stub.Compare(pb.StudyName(study=study))
 
+    def trust(self, key: str, *, replace: bool = False) -> None:
+        """Pin the privacy officer's public key, 64 hex digits."""
+        self._call(self._stub.Trust, pb.OfficerKey(key=key, replace=replace), pb.Empty)
+
+    def take_grant(self, document: bytes) -> pb.Imported:
+        """Give the agent an allowance or a grant that the privacy officer signed."""
+        return self._call(self._stub.TakeGrant, pb.DocumentMessage(document=document), pb.Imported)
+
+    def revoke_grant(self, study: str) -> str:
+        """End a study's grant, by the study's name or the beginning of its hash; returns the hash."""
+        return str(self._call(self._stub.RevokeGrant, pb.StudyName(study=study), pb.Imported).subject)
+
+    def budget(self) -> dict[str, Any]:
+        """Grants, studies, and how far patients' lifetimes are spent (`Purse.report`)."""
+        report = json.loads(self._call(self._stub.Budget, pb.Empty(), pb.BudgetReply, timeout=QUICK * 3).report)
+        return report if isinstance(report, dict) else {}
+
     def _call(self, method: Callable[..., Any], message: Any, reply: type[T], timeout: float | None = QUICK) -> T:
         with self._speaking():
             answer = method(message, timeout=timeout)

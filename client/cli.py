@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from client.commands import data, join, models, node, study
+from client.commands import budget, data, join, models, node, study
 from client.home import SiteHome
 from privacy.terminal import run
 
@@ -18,6 +18,9 @@ app.command("init")(join.init)
 app.command("enrol")(join.enrol)
 app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
+app.add_typer(budget.officer, name="officer")
+app.add_typer(budget.grant, name="grant")
+app.command("budget")(budget.budget)
 app.command("start")(node.start)
 app.command("status")(node.status)
 app.command("preflight")(node.preflight)

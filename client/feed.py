@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,14 @@ RESIDENT_SHARE = 0.4
 """At most this share of the GPU's free memory holds images."""
 
 
+class Dice(Protocol):
+    """What seeds are drawn from: numpy's generator, or `client.private.sample.Seeds`."""
+
+    def integers(self, low: int, high: int, size: int) -> npt.NDArray[np.int64]:
+        """`size` whole numbers from `low` to `high` - 1."""
+        ...
+
+
 class Feed:
     """The images of one cohort on their way to one device.
 
@@ -49,7 +57,7 @@ class Feed:
         self._together = task.target == "mask"  # an image moves with its mask
         self.seconds = self.waited = 0.0
 
-    def batch(self, chosen: Indices, generator: np.random.Generator | None = None) -> Batch:
+    def batch(self, chosen: Indices, generator: Dice | None = None) -> Batch:
         """Images float32 [n, C, *size] and their targets on the device, augmented with seeds from `generator`."""
         if self._device.type == "cuda" and self._augment is None and (resident := self._resident()) is not None:
             import torch
@@ -79,7 +87,7 @@ class Feed:
                 yield images, targets
         self.seconds = time.monotonic() - begun
 
-    def _host(self, chosen: Indices, generator: np.random.Generator | None) -> Batch:
+    def _host(self, chosen: Indices, generator: Dice | None) -> Batch:
         import torch
 
         images, targets = self._cohort.images[chosen], self._cohort.targets[chosen]

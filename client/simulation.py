@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,10 +35,15 @@ from client.home import SiteConfig, SiteHome
 from client.imaging import Cohort, Membership, Source
 from privacy.airlock import released_bytes
 from privacy.errors import ConsiliumError
+from privacy.grants import Allowance, Claims, Grant
+from privacy.identity import Identity
 from privacy.messages import Answer
+from privacy.roster import expiry
 from privacy.study import Study
 
 IMAGES = "images"
+LIFETIME = "100000"
+"""ε of a simulated patient's lifetime: a simulation asks what a study would cost, and spends nobody's budget."""
 SOURCE = '{"kind":"npz","path":"/"}'
 """The declaration of the hospital that holds everything: never read, because its desk joins the others' cohorts."""
 
@@ -79,6 +85,7 @@ class Hospitals:
         self._folder = folder
         self._shares: dict[str, dealing.Share] = {}
         self._agents: dict[str, Agent] = {}
+        self._officer, self._serial = Identity.generate(), 0
 
     def close(self) -> None:
         """Let every home go."""
@@ -133,7 +140,25 @@ class Hospitals:
             agent.import_document(bytes.fromhex(roster))
             _, digest = agent.import_document(bytes.fromhex(study))
             agent.decide(digest, State.APPROVED, IMAGES)
+            known = agent.study(digest)
+            if known is not None and known.privacy.mode != "none":
+                self._grant(agent, known)
         return {}, b""
+
+    def _grant(self, agent: Agent, study: Study) -> None:
+        """A simulation's own officer allows whatever a study asks for, and a lifetime that holds a thousand of them."""
+        claims, purse, self._serial = Claims.of(study), agent.purse, self._serial + 1
+        if not purse.officer():
+            purse.trust(self._officer.public)
+            allowance = Allowance(
+                site=agent.site.name, serial=self._serial, epsilon=LIFETIME, delta=study.privacy.delta, order=4
+            )
+            purse.take(allowance.signed(self._officer).encode())
+        grant = Grant(
+            site=agent.site.name, serial=self._serial, delta=study.privacy.delta, study=study.hash, slots=claims.slots,
+            epsilon=f"{claims.epsilon:f}", cap=f"{claims.cap:f}", expires=expiry(datetime.now(UTC)),
+        )  # fmt: skip
+        purse.take(grant.signed(self._officer).encode())
 
     def _ask(
         self,

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from client.feed import Feed, compute
 from client.imaging import Cohort, Membership
 from client.optimiser import Optimiser
-from models import transfer
+from models import schedule, transfer
 from models.tasks import Task
 from models.weights import Layout
 from privacy.errors import Refusal, RefusalCode
@@ -55,7 +55,7 @@ class Plan:
     momentum: float
     weight_decay: float
     batch_size: int
-    cosine: bool
+    schedule: str
     local_steps: int
     rounds: int
     proximal_mu: float
@@ -70,7 +70,7 @@ class Plan:
             momentum=float(study.optimiser.momentum),
             weight_decay=float(study.optimiser.weight_decay),
             batch_size=study.optimiser.batch_size,
-            cosine=study.optimiser.schedule == "cosine",
+            schedule=study.optimiser.schedule,
             local_steps=study.rounds.local_steps,
             rounds=study.rounds.count,
             proximal_mu=float(study.aggregation.proximal_mu) if study.aggregation.strategy == "fedprox" else 0.0,
@@ -89,14 +89,9 @@ class Plan:
         return sum(self.rate(round_number, step) for step in range(self.local_steps))
 
     def rate(self, round_number: int, step: int) -> float:
-        """The learning rate of a step (from 0) of a round (from 1).
-
-        The cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, without restarts) spans all steps of all rounds.
-        """
-        if not self.cosine:
-            return self.learning_rate
-        position = min(1.0, ((round_number - 1) * self.local_steps + step) / (self.rounds * self.local_steps))
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * position))
+        """The learning rate of a step (from 0) of a round (from 1); a schedule spans all steps of all rounds."""
+        position = ((round_number - 1) * self.local_steps + step) / (self.rounds * self.local_steps)
+        return schedule.rate(self.learning_rate, self.schedule, position)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 LEADING: tuple[str, ...] = ("train_examples", "train_loss_sum", "train_steps")
 """train_examples: training images of the site, its weight in the mean; train_loss_sum: sum over its local steps of the
 batch's mean loss; train_steps: how many steps that were."""
+LOSS = LEADING.index("train_loss_sum")
 
 
 class HasLayout(Protocol):
@@ -38,7 +39,7 @@ def size(task: HasLayout) -> int:
 
 
 def fill(
-    into: npt.NDArray[np.float32],
+    into: npt.NDArray[Any],
     sums: npt.NDArray[np.float64],
     *,
     train_examples: int = 0,

@@ -3,7 +3,9 @@
 Every byte for the outside becomes a `Released` value, made by `Airlock` alone after the journal holds what it is,
 how large, for which study and slot, and its SHA-256. The service that faces the network accepts no other type. A
 study with secure aggregation hands its vectors over masked (`privacy.secagg`), so that what is kept here, and ever
-leaves, says nothing alone; noise and the charge to a budget take their place before that when a study asks for them.
+leaves, says nothing alone. In a study with noise it is made here, and only against a charge that is on the disk:
+
+    bind the slot, charge the budget (durably) → clip and sum → round, integer noise → mask → store → hand over
 
 A computed vector is kept on disk, whole and fsynced, before its first byte leaves, and only those stored bytes are
 ever sent again (RULES S2, S3).
@@ -22,8 +24,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from privacy.charge import Charge
 from privacy.errors import Refusal, RefusalCode
 from privacy.journal import Journal
+from privacy.mechanisms import Doubles, Mechanism, Words
+from privacy.noise import Source
 from privacy.roster import timestamp
 
 _SEAL = object()
@@ -79,6 +84,28 @@ class Airlock:
         if offset < 0 or length < 1 or offset + length > len(data):
             raise Refusal(RefusalCode.MALFORMED)
         return self.release(what, data[offset : offset + length], study, slot)
+
+    def noise(self, charge: Charge, mechanism: Mechanism, sums: Doubles) -> Words:
+        """Put a release's noise on a sum over patients (`privacy.mechanisms`); nothing leaves yet.
+
+        Args:
+            charge: pays for it.
+            mechanism: the study's, for this kind of release.
+            sums: float64 [d], of vectors each clipped to `mechanism.least_of_a_patient`.
+
+        Returns:
+            uint32 [d].
+
+        Raises:
+            TypeError: nobody paid.
+            Refusal: SLOT_SPENT when another slot paid for this round's noise: what that one stored is sent again, and
+                nothing is noised anew (RULES B2).
+        """
+        if type(charge) is not Charge:
+            raise TypeError("a release that nobody paid for")
+        if charge.paid != charge.slot:
+            raise Refusal(RefusalCode.SLOT_SPENT, str(charge.slot))
+        return mechanism.release(sums, Source())
 
     def keep(self, name: str, vector: Numbers) -> Stored:
         """Write a vector to disk durably and say where. Nothing leaves yet.

@@ -61,6 +61,11 @@ class RefusalCode(StrEnum):
     ROUND_OPENED = "round-opened"
     TOO_FEW = "too-few"
     OPENING = "opening"
+    NO_GRANT = "no-grant"
+    GRANT_REVOKED = "grant-revoked"
+    GRANT_SPENT = "grant-spent"
+    BUDGET_SPENT = "budget-spent"
+    LEDGER = "ledger"
 
 
 REFUSALS: dict[RefusalCode, tuple[str, str]] = {
@@ -208,6 +213,26 @@ REFUSALS: dict[RefusalCode, tuple[str, str]] = {
     RefusalCode.OPENING: (
         "A part of the key to the sum is wrong",
         "It was made by a site that lies or lost its records; the coordinator goes on without it where it can.",
+    ),
+    RefusalCode.NO_GRANT: (
+        "The privacy officer of this site has not granted the study, or the grant is too small or has expired",
+        "The officer writes one with `consilium-officer grant`; at the site: `consilium-site grant import FILE`.",
+    ),
+    RefusalCode.GRANT_REVOKED: (
+        "The privacy officer's grant for this study was revoked at the site",
+        "Nothing more is computed for it here; only a new grant by the officer lets it go on.",
+    ),
+    RefusalCode.GRANT_SPENT: (
+        "What the privacy officer granted for this study is used up, or the study was closed in the site's ledger",
+        "A closed plan never runs again. More rounds are a new study, with a grant of its own.",
+    ),
+    RefusalCode.BUDGET_SPENT: (
+        "The study costs more than the lifetime budget of a patient who was never in any study",
+        "Draft a new study with more noise or fewer rounds, or ask the site's privacy officer for a larger allowance.",
+    ),
+    RefusalCode.LEDGER: (
+        "The site's privacy ledger is not whole, is older than what has left, or lacks an entry in the common log",
+        "Nothing noised leaves until that is settled: `consilium-site budget` at the site says what is wrong.",
     ),
 }
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.canonical import canonical
+from privacy.entries import Hex
 from privacy.errors import Refusal, RefusalCode
 from privacy.identity import Document, Identity
 from privacy.roster import SiteName
-from privacy.study import Hex
 
 PROTOCOL = 2
 PAYLOAD_LIMIT = 4 << 30
@@ -26,7 +26,9 @@ SETTING_UP = frozenset({"keys", "shares", "seal"})
 OPENING = frozenset({"survivors", "unmask"})
 """What may follow the answers of a masked slot (RULES S4)."""
 
-Kind = Literal["offer", "open", "keys", "shares", "seal", "train", "validate", "test", "survivors", "unmask", "deliver"]
+Kind = Literal[
+    "offer", "open", "keys", "shares", "seal", "train", "validate", "test", "survivors", "unmask", "witness", "deliver"
+]
 Size = Annotated[int, Field(ge=0, le=PAYLOAD_LIMIT)]
 Vector = npt.NDArray[np.float32]
 
@@ -40,15 +42,19 @@ class _Body(BaseModel):
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> Self:
-        """Check a body.
+        """Check a body, which writes every field out.
 
         Raises:
             Refusal: MALFORMED.
         """
         try:
-            return cls.model_validate_json(canonical(body), strict=True)
+            data = canonical(body)
+            message = cls.model_validate_json(data, strict=True)
+            if canonical(message.body()) != data:  # one message, one spelling: no default is filled in
+                raise Refusal(RefusalCode.MALFORMED)
         except (ValidationError, ValueError, TypeError) as error:
             raise Refusal(RefusalCode.MALFORMED) from error
+        return message
 
 
 class Header(_Body):

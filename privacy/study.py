@@ -8,13 +8,10 @@ exists is `models.validate`'s to say, because this floor knows nothing of models
 from __future__ import annotations
 
 import tomllib
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -24,9 +21,12 @@ from pydantic import (
     model_validator,
 )
 
+from privacy import patient
 from privacy.canonical import canonical
+from privacy.entries import Count, Fraction, Label, NonNegative, Parameters, Positive, Section, Text
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.identity import Document
+from privacy.patient import Privacy
 from privacy.roster import SiteName
 
 SCHEMA = 1
@@ -39,63 +39,7 @@ STATISTICS_GRID = 256
 """Under secure aggregation a statistic travels in steps of 1 / STATISTICS_GRID."""
 
 
-def _decimal(value: Any) -> Any:
-    """A real number as the shortest plain decimal string: 0.001, 1e-3 and "0.0010" are one value."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("a number is expected")
-    try:
-        number = Decimal(str(value))
-    except InvalidOperation as error:
-        raise ValueError(f"{value!r} is not a number") from error
-    if not number.is_finite() or number.adjusted() > 15 or number.adjusted() < -15:
-        raise ValueError(f"{value!r} is out of range")
-    text = format(number.normalize(), "f")
-    return "0" if text in {"-0", "0"} else text
-
-
-def _between(low: str, high: str, *, above: bool = False) -> AfterValidator:
-    def check(value: str) -> str:
-        number = Decimal(value)
-        if number > Decimal(high) or number < Decimal(low) or (above and number == Decimal(low)):
-            raise ValueError(
-                f"{value} is not {'above' if above else 'from'} {low} {'and up to' if above else 'to'} {high}"
-            )
-        return value
-
-    return AfterValidator(check)
-
-
-Real = Annotated[str, BeforeValidator(_decimal)]
-Positive = Annotated[Real, _between("0", "1e12", above=True)]
-NonNegative = Annotated[Real, _between("0", "1e12")]
-Fraction = Annotated[Real, _between("0", "1")]
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, Field(min_length=1, max_length=2000)]
-Label = Annotated[str, Field(min_length=1, max_length=80)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-def _parameters(value: Any) -> Any:
-    """Free parameters: text, whole numbers, truth values, and lists of them; a real number becomes text."""
-    if isinstance(value, float):
-        return _decimal(value)
-    if isinstance(value, dict):
-        return {key: _parameters(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_parameters(item) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    raise ValueError(f"{type(value).__name__} cannot stand in a study")
-
-
-Parameters = Annotated[dict[str, Any], BeforeValidator(_parameters)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class About(_Section):
+class About(Section):
     """[study]: what it is called and why it is done."""
 
     name: SiteName
@@ -104,14 +48,14 @@ class About(_Section):
     contact: str = Field(default="", max_length=200)
 
 
-class Task(_Section):
+class Task(Section):
     """[task]: what the model answers."""
 
     kind: Label = "classification"
     classes: tuple[Label, ...] = Field(min_length=1, max_length=1000)
 
 
-class Network(_Section):
+class Network(Section):
     """[network]: a network of the model zoo by name."""
 
     name: Label
@@ -119,14 +63,14 @@ class Network(_Section):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class Step(_Section):
+class Step(Section):
     """One transform by name."""
 
     name: Label
     parameters: Parameters = Field(default_factory=dict)
 
 
-class Input(_Section):
+class Input(Section):
     """[input]: what an image is before the network sees it."""
 
     channels: int = Field(default=1, ge=1, le=16)
@@ -135,14 +79,14 @@ class Input(_Section):
     augmentation: tuple[Step, ...] = ()
 
 
-class Transfer(_Section):
+class Transfer(Section):
     """[transfer]: which part of the network is trained (`models.transfer`)."""
 
     train: Literal["all", "head", "adapters", "lora"] = "all"
     rank: int = Field(default=4, ge=1, le=64)
 
 
-class Optimiser(_Section):
+class Optimiser(Section):
     """[optimiser]: how a hospital trains between two messages."""
 
     name: Literal["sgd", "adam", "adamw"] = "adamw"
@@ -153,7 +97,7 @@ class Optimiser(_Section):
     schedule: Literal["constant", "cosine"] = "constant"
 
 
-class Rounds(_Section):
+class Rounds(Section):
     """[rounds]: how often, how long, how many tries; `seed` above 0 makes training repeatable, and never with noise."""
 
     count: int = Field(default=10, ge=1, le=100_000)
@@ -163,7 +107,7 @@ class Rounds(_Section):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
 
 
-class Aggregation(_Section):
+class Aggregation(Section):
     """[aggregation]: how updates are combined; `server.optimizers` gives each rule and its paper."""
 
     strategy: Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "scaffold"] = "fedavg"
@@ -196,7 +140,7 @@ class Aggregation(_Section):
         return self
 
 
-class Local(_Section):
+class Local(Section):
     """[local]: what stays at a hospital and is its own; no message carries or sets it.
 
     `norms = "local"` keeps the parameters of normalisation layers there (FedBN: Li 2021, arXiv 2102.07623);
@@ -209,13 +153,7 @@ class Local(_Section):
     personal_weight: Positive = "0.1"
 
 
-class Privacy(_Section):
-    """[privacy]: the mechanism. `none` gives no differential privacy, and every report says so."""
-
-    mode: Literal["none"] = "none"
-
-
-class SecAgg(_Section):
+class SecAgg(Section):
     """[secagg]: secure aggregation. `off` lets the coordinator see single updates, and every report says so.
 
     With `on`: `colluding` is c, the sites that may work together with the coordinator; `threshold` is w, the sites it
@@ -289,7 +227,7 @@ class SecAgg(_Section):
         return self.model_copy(update={"threshold": threshold})
 
 
-class Split(_Section):
+class Split(Section):
     """[split]: shares of patients kept aside, by a keyed hash of each, where the data bring no split of their own."""
 
     validation: Fraction = "0.15"
@@ -302,20 +240,20 @@ class Split(_Section):
         return self
 
 
-class Initial(_Section):
+class Initial(Section):
     """[initial]: the weights every site starts from; filled in when the study is signed."""
 
     seed: int = Field(default=1, ge=0, le=2**31 - 1)
     sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
 
-class Publish(_Section):
+class Publish(Section):
     """[publish]: which round becomes the model. Never chosen on test data."""
 
     choose: Literal["last", "best-validation"] = "last"
 
 
-class Study(_Section):
+class Study(Section):
     """The whole contract. `hash` is what a hospital approves."""
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -358,17 +296,8 @@ class Study(_Section):
             raise ValueError('scaffold corrects plain gradient steps: write [optimiser] name = "sgd", momentum = 0')
         if scaffold and str(self.secagg.mode) != "off":
             raise ValueError("scaffold sends a second vector that secure aggregation does not carry yet; take fedprox")
-        if str(self.privacy.mode) != "none":
-            kept = {
-                'aggregation.strategy = "scaffold"': scaffold,
-                'local.norms = "local"': self.local.norms != "shared",
-                f'local.personal = "{self.local.personal}"': self.local.personal != "none",
-            }
-            for entry, chosen in kept.items():
-                if chosen:
-                    raise ValueError(f"{entry} keeps unnoised state of patients from round to round: not with noise on")
-            if self.rounds.seed:
-                raise ValueError("rounds.seed would tell who was sampled: not with noise on; write 0")
+        if noise := patient.problem(self):
+            raise ValueError(noise)
         return self
 
     @classmethod

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from privacy.patient import EVALUATION_TRIES, honest_shares, plan_steps
 from privacy.study import Study
 
 S8 = (
@@ -76,7 +79,22 @@ personal = "none"          # none | ditto (each hospital also trains a model of 
 personal_weight = 0.1      # ditto: how strongly that model is held to the common one
 
 [privacy]
-mode = "none"              # no differential privacy: for public or freely shareable data only
+mode = "none"              # none: no differential privacy, for public or freely shareable data only
+                           # shared: one secure sum for each optimiser step, each hospital adds its share of the noise;
+                           #   needs secagg.mode = "on", rounds.local_steps = 1, rounds.seed = 0, weights = "equal",
+                           #   and optimiser.name = "sgd" with momentum = 0 and weight_decay = 0
+                           # per-site: each hospital adds all of the noise to each of its own steps; more noise
+# clip = 1.0               # C: the largest L2 norm of what one patient adds to a step
+# noise_multiplier = 1.0   # sigma: noise of an opened sum over the most one patient adds; `study plan` finds it
+# sampling_rate = 0.05     # q: the chance of a patient to be in a step
+# expected_patients = 50   # what a step's sum is divided by: q times a public guess of the training patients
+# images_per_patient = 4   # images of one patient in a step, averaged before clipping
+# augmentations = 1        # forms of each image, averaged before clipping
+# patients_bound = 10000   # more patients than all hospitals have together; public
+# site_patients_bound = 2000  # more than any one hospital has; public
+# delta = 0.000001         # below 1 / patients_bound; a tenth of that is usual
+# noise_floor = 0.0        # shared: the least noise of one hospital; protects it if secure aggregation is broken
+# evaluation_noise = 4.0   # noise of an evaluation's sum over the most one patient adds to it
 
 [secagg]
 mode = "off"               # off: the coordinator sees each hospital's update | on: only the sum of at least threshold
@@ -133,6 +151,7 @@ def explain(study: Study) -> list[tuple[str, str]]:
         "the change of the trained weights, summed training loss, and of the validation images their number and "
         f"{_SUMS.get(study.task.kind, 'sums')}"
     )
+    noised = study.privacy.mode != "none"
     return [
         ("Study", f"{study.study.title} ({study.study.name})"),
         ("Purpose", study.study.purpose),
@@ -144,7 +163,8 @@ def explain(study: Study) -> list[tuple[str, str]]:
         (
             "Training",
             f"{rounds.count} rounds of {rounds.local_steps} {study.optimiser.name} steps at learning rate "
-            f"{study.optimiser.learning_rate}, batches of {study.optimiser.batch_size}",
+            f"{study.optimiser.learning_rate}, "
+            + ("each on a secret sample of patients" if noised else f"batches of {study.optimiser.batch_size}"),
         ),
         (
             "Aggregation",
@@ -162,11 +182,13 @@ def explain(study: Study) -> list[tuple[str, str]]:
         ("Published", published),
         (
             "Leaves the site",
-            f"each round: {leaves}; at the end: the same sums over the test images"
+            _noised(study)
+            if noised
+            else f"each round: {leaves}; at the end: the same sums over the test images"
             + ("; and the change of the control variate" if aggregation.strategy == "scaffold" else "")
             + ("; all of it masked, so that only the sum over the sites can be read" if hidden else ""),
         ),
-        ("Privacy", "NO differential privacy: an update can reveal training images. Public data only."),
+        ("Privacy", privacy(study)),
         ("Secure aggregation", secure_aggregation(study)),
         ("Hash", study.hash),
     ]
@@ -184,11 +206,64 @@ def _kept(study: Study) -> str:
     return ", ".join(kept) or "nothing of a round"
 
 
+def privacy(study: Study) -> str:
+    """What the study promises each patient: the mechanism and its constants; ε is `study plan`'s to say (RULES N7)."""
+    section = study.privacy
+    if section.mode == "none":
+        return "NO differential privacy: an update can reveal training images. Public data only."
+    noise = (
+        f"each hospital adds its share of the noise, and {honest_shares(study)} shares together are σ = "
+        f"{section.noise_multiplier} times that"
+        if section.mode == "shared"
+        else f"each hospital adds noise of σ = {section.noise_multiplier} times that to each of its steps"
+    )
+    return (
+        f"Differential privacy, {section.mode}. Unit: one patient at one site, all images added or removed; over "
+        f"k sites group privacy applies. One patient adds at most C = {section.clip} to a step; {noise}. A patient is "
+        f"in a step with chance q = {section.sampling_rate}, and is charged for at most T_max = {plan_steps(study)} "
+        f"steps, sampled or not. δ = {section.delta}. An evaluation is asked at most {EVALUATION_TRIES} times, with "
+        f"noise of {section.evaluation_noise} times what one patient adds. {_as_pooled(study)} What ε this is, if "
+        "secure aggregation holds and if it does not: `consilium-coordinator study plan`."
+    )
+
+
+def _as_pooled(study: Study) -> str:
+    """How much more noise there is than on pooled data (RULES N8)."""
+    sites = len(study.sites)
+    if study.privacy.mode == "per-site":
+        return f"With all {sites} sites the noise is {math.sqrt(sites):.2f} times that of pooled data at the same ε."
+    factor = math.sqrt(sites / honest_shares(study))
+    return (
+        f"With all {sites} sites the noise is {factor:.2f} times that of pooled data at the same ε "
+        f"(√({sites}/{honest_shares(study)}))."
+    )
+
+
+def _noised(study: Study) -> str:
+    """What leaves the site with noise on (RULES N6)."""
+    shown = "masked, so that only the noisy sum over the sites can be read" if study.secagg.mode == "on" else "as it is"
+    what = (
+        "the noisy sum of its patients' clipped gradients and losses"
+        if study.privacy.mode == "shared"
+        else "the change of the weights after its noisy steps"
+    )
+    return (
+        f"each round: {what}; at the end: noisy sums of the validation and the test patients' scores; no exact counts; "
+        f"all of it {shown}"
+    )
+
+
 def secure_aggregation(study: Study) -> str:
     """What secure aggregation promises in this study, and what it does not (RULES S8)."""
     secagg = study.secagg
     if secagg.mode == "off":
         return "OFF: the coordinator sees this hospital's own update."
+    if study.privacy.mode != "none":
+        return (
+            f"ON: only sums over at least {study.aggregation.minimum_sites} hospitals are opened, by "
+            f"{secagg.threshold} of them together; {secagg.colluding} may work with the coordinator. Every sum that is "
+            "opened carries the noise."
+        )
     return (
         f"ON: only sums over at least {study.aggregation.minimum_sites} hospitals are opened, by {secagg.threshold} of "
         f"them together; {secagg.colluding} may work with the coordinator. One hospital's update is cut to norm "

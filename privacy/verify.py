@@ -40,15 +40,30 @@ class Known:
 
     coordinator: str = ""
     source: str = ""
-    roster: Roster | None = None
+    rosters: tuple[Roster, ...] = ()
     studies: dict[str, Study] = field(default_factory=dict)
+
+    @property
+    def roster(self) -> Roster | None:
+        """The newest roster."""
+        return max(self.rosters, key=lambda roster: roster.version, default=None)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """An exported ledger; it may be large, so it is read when its turn comes, line by line."""
+
+    path: Path
+
+
+Item = Document | list[dict[str, Any]] | Ledger | ConsiliumError
 
 
 def verify(paths: Sequence[Path], coordinator: str = "") -> list[Report]:
     """Check each file, using the others to tie keys to names; the order does not matter.
 
     Args:
-        paths: consortium, roster, enrolment, study or approval files, or a site's journal.
+        paths: consortium, roster, enrolment, study or approval files, a site's journal, or an exported ledger.
         coordinator: the fingerprint learnt another way (32 hex digits, spaces allowed), or "".
     """
     loaded = [_load(path) for path in paths]
@@ -56,13 +71,15 @@ def verify(paths: Sequence[Path], coordinator: str = "") -> list[Report]:
     return [_report(path, item, known) for path, item in zip(paths, loaded, strict=True)]
 
 
-def _load(path: Path) -> Document | list[dict[str, Any]] | ConsiliumError:
+def _load(path: Path) -> Item:
     try:
         with open(path, "rb") as file:
             first = file.readline(DOCUMENT_LIMIT + 1)
         head = json.loads(first)
         if isinstance(head, dict) and {"seq", "prev", "hash"} <= set(head):
             return list(journal.read(path))
+        if isinstance(head, dict) and "ledger" in head:
+            return Ledger(path)
         kind = head.get("kind") if isinstance(head, dict) else None
         if kind in KINDS:
             return Document.read(path, str(kind))
@@ -77,13 +94,14 @@ def _load(path: Path) -> Document | list[dict[str, Any]] | ConsiliumError:
     return ConsiliumError(
         "This is not a file that can be verified",
         str(path),
-        f"Name a signed {', '.join(KINDS[:-1])} or {KINDS[-1]} file, or a site's journal.jsonl.",
+        f"Name a signed {', '.join(KINDS[:-1])} or {KINDS[-1]} file, a site's journal.jsonl, or an exported ledger.",
     )
 
 
 def _learn(documents: Iterable[Document], pinned: str) -> Known:
     pinned = "".join(pinned.split()).lower()
-    key, source, roster, studies = pinned, "the fingerprint you gave" if pinned else "", None, {}
+    key, source = pinned, "the fingerprint you gave" if pinned else ""
+    rosters, studies = list[Roster](), dict[str, Study]()
     ordered = sorted(documents, key=lambda document: KINDS.index(document.kind))
     for document in ordered:
         try:
@@ -91,23 +109,25 @@ def _learn(documents: Iterable[Document], pinned: str) -> Known:
                 consortium = Consortium.verified(document)
                 if not key or consortium.coordinator.startswith(key):
                     key, source = consortium.coordinator, source or "the consortium file"
-            elif document.kind == "roster" and roster is None:
+            elif document.kind == "roster":
                 candidate = Roster.of(document)
                 if not key or candidate.coordinator.startswith(key):
-                    roster = Roster.verified(document, candidate.coordinator)
+                    rosters.append(Roster.verified(document, candidate.coordinator))
             elif document.kind == KIND:
                 studies[document.digest] = Study.from_body(document.body)
         except Refusal:
             continue  # said when that file's own turn comes
-    return Known(key, source, roster, studies)
+    return Known(key, source, tuple(rosters), studies)
 
 
-def _report(path: Path, item: Document | list[dict[str, Any]] | ConsiliumError, known: Known) -> Report:
+def _report(path: Path, item: Item, known: Known) -> Report:
     if isinstance(item, ConsiliumError):
         return Report(path, "cannot be trusted", error=item)
     try:
         if isinstance(item, list):
             return _journal(path, item)
+        if isinstance(item, Ledger):
+            return _ledger(path, known)
         return {
             "consortium": _consortium,
             "roster": _roster,
@@ -214,6 +234,35 @@ def _approval(path: Path, document: Document, known: Known) -> Report:
     else:
         raise ConsiliumError(
             "The approval is by a site that the study does not name", f"{body['site']}, {path}", "Do not count it."
+        )
+    return report
+
+
+def _ledger(path: Path, known: Known) -> Report:
+    from privacy.ledger_check import verify_file  # which makes a `Report`, and so imports this module
+
+    newest = known.roster
+    if newest is None:
+        raise ConsiliumError(
+            "A ledger is checked against the keys of its consortium",
+            str(path),
+            "Give the coordinator's roster with it; older ones too, if a site has changed its key.",
+        )
+    names = [site.name for site in newest.sites if not site.revoked]
+    if len({newest.site(name).identity for name in names}) < len(names):
+        raise ConsiliumError(
+            "The roster lists one key for two sites",
+            f"version {newest.version}",
+            "One key counts for one witness. Ask the coordinator, by telephone, how that came about.",
+        )
+    assumed = [study.secagg.colluding for study in known.studies.values() if study.secagg.mode == "on"]
+    report = verify_file(path, known.rosters, max(assumed, default=1))
+    if report.error is not None:
+        return report
+    _coordinator(newest.coordinator, known, report)
+    if not assumed:
+        report.doubts.append(
+            "how many sites may collude: 1 is assumed; the study says it (secagg.colluding), so add its file"
         )
     return report
 

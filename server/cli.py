@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from privacy.terminal import run
-from server.commands import keeping, models, simulate, sites, studies
+from server.commands import keeping, ledger, models, simulate, sites, studies
 from server.commands.common import PROGRAM
 from server.home import CoordinatorHome
 
@@ -38,6 +38,7 @@ app.command()(keeping.init)
 app.command()(keeping.serve)
 app.add_typer(sites.app, name="sites")
 app.add_typer(studies.app, name="study")
+app.add_typer(ledger.app, name="ledger")
 app.add_typer(models.app, name="models")
 app.command()(simulate.simulate)
 app.command()(simulate.baseline)

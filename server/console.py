@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from rich.console import Console, Group, RenderableType
@@ -21,8 +22,10 @@ from models import tasks
 from privacy.roster import parse_timestamp
 from privacy.study_text import S8
 from privacy.terminal import out, table
+from server.ledger import Ledger
 from server.records import LIVE, Evaluation, Outcome, OutcomeState, SlotRecord, State, StudyRecord
 from server.registry import Registry
+from server.spending import aborted, has_noise, section
 
 GOING = LIVE | {State.REQUESTED}
 LOOK_EVERY = 0.5
@@ -40,6 +43,7 @@ COLOURS = {
 }
 _BARS = "▁▂▃▄▅▆▇█"
 _MINUTE = 60
+ABORTED = "It was aborted, and a plan that was aborted never runs again; draft a new study."
 
 
 def studies_table(records: Iterable[StudyRecord]) -> Table:
@@ -50,9 +54,16 @@ def studies_table(records: Iterable[StudyRecord]) -> Table:
     return table("study", "hash", "state", "since", "why", rows=rows)
 
 
-def status(registry: Registry, study: str, now: datetime | None = None) -> Group:
-    """One study: state and reason, how far it is, and per site what it said and what became of it."""
+def status(registry: Registry, study: str, now: datetime | None = None, ledger: Ledger | None = None) -> Group:
+    """One study: state and reason, how far it is, per site what it said and what became of it, and its budget.
+
+    Args:
+        ledger: the consortium's log, for a study with noise; left out, it is opened and closed again.
+    """
     record = registry.study(study)
+    if ledger is None and has_noise(record.study):
+        with registry.ledger() as opened:
+            return status(registry, study, now, opened)
     course = registry.course(study)
     slots = course.slots()
     validation = course.evaluations("validation")
@@ -63,7 +74,9 @@ def status(registry: Registry, study: str, now: datetime | None = None) -> Group
         parts += ["", _trend(record, list(validation.values()))]
     if test := list(course.evaluations("test").values()):
         parts.append(Text(f"test on {len(test[-1].sites)} sites: {_metrics(test[-1].metrics, _primary(record))}"))
-    if hint := _hint(record):
+    if ledger is not None:
+        parts += ["", *section(record.study, study, slots, ledger, registry.roster()[1])]
+    if hint := ABORTED if ledger is not None and aborted(ledger.account(study)) else _hint(record):
         parts += ["", Text(hint)]
     return Group(*parts)
 
@@ -101,11 +114,15 @@ def watch(
     """
     shown = console or out()
     if shown.is_terminal:
-        with Live(status(registry, study), console=shown, refresh_per_second=4, transient=False) as live:
+        with ExitStack() as stack:
+            noised = has_noise(registry.study(study).study)
+            ledger = stack.enter_context(registry.ledger()) if noised else None  # once: opening it reads all of it
+            first = status(registry, study, ledger=ledger)
+            live = stack.enter_context(Live(first, console=shown, refresh_per_second=4, transient=False))
             while (record := registry.study(study)).state in GOING:
-                live.update(status(registry, study))
+                live.update(status(registry, study, ledger=ledger))
                 pause(LOOK_EVERY)
-            live.update(status(registry, study))
+            live.update(status(registry, study, ledger=ledger))
         return record.state
     after = max((event.id for event in registry.events(study)), default=0)
     shown.print(_head(registry.study(study)))
@@ -146,8 +163,11 @@ def _progress(record: StudyRecord, slots: list[SlotRecord]) -> Table:
 
 def _seen(record: StudyRecord) -> str:
     """What this coordinator can see of one hospital; for a study without noise in the words of RULES S8."""
+    noised = has_noise(record.study)
     if record.study.secagg.mode == "off":
-        return "secure aggregation off: this coordinator sees each hospital's update"
+        return f"secure aggregation off: this coordinator sees each hospital's {'noisy ' if noised else ''}update"
+    if noised:
+        return "secure aggregation on: this coordinator sees noisy sums over hospitals only"
     return f"secure aggregation on: this coordinator sees sums over hospitals only. {S8}"
 
 

@@ -20,6 +20,7 @@ from privacy.secagg.fixed import Opened
 from privacy.secagg.plan import Plan
 from privacy.secagg.ring import Bad, Ring
 from server.aggregate import Doubles, receive
+from server.noised import Noised
 from server.records import SlotRecord
 
 NORM_ROOM = 1e-5
@@ -27,10 +28,15 @@ NORM_ROOM = 1e-5
 
 
 class Masked:
-    """The sum of one slot after the other. `size`: numbers of the update, 0 for statistics only."""
+    """The sum of one slot after the other. `size`: numbers of the update, 0 for statistics only.
 
-    def __init__(self, plan: Plan, size: int) -> None:
-        self.plan, self.size = plan, size
+    Args:
+        noised: how the sum is read when noise is shared; None for a study without.
+    """
+
+    def __init__(self, plan: Plan, size: int, noised: Noised | None = None) -> None:
+        self.plan, self.size, self._noised = plan, size, noised
+        self._round = 0
         self._numbers = size + plan.statistics
         self._scratch = np.empty(4 * self._numbers, np.uint8)
         self._sum: SecureSum | None = None
@@ -46,7 +52,7 @@ class Masked:
         Raises:
             Refusal: the slot's cohort is not of this ring.
         """
-        self._opened = None
+        self._opened, self._round = None, slot.round
         self._sum = SecureSum(ring, slot.slot, slot.hash, slot.cohort, self._numbers)
 
     @property
@@ -88,6 +94,8 @@ class Masked:
     @property
     def weight(self) -> float:
         """What the summed update is divided by; 0 before the sum is opened."""
+        if self._noised is not None:
+            return float(self.answered)
         return self._opened.weight if self._opened is not None else 0.0
 
     @property
@@ -99,15 +107,17 @@ class Masked:
     def statistics(self) -> Doubles:
         """The summed statistics, float64 [m]."""
         assert self._opened is not None
-        return self._opened.statistics
+        return self._noised.statistics(self._opened) if self._noised is not None else self._opened.statistics
 
     def mean(self, start: int, stop: int) -> npt.NDArray[np.float64]:
-        """The weighted mean update, float64 [stop - start], as a copy.
+        """The weighted mean update, float64 [stop - start], as a copy; of a noised sum, the step that it is for.
 
         Raises:
             ValueError: no weight came in.
         """
         assert self._opened is not None
+        if self._noised is not None:
+            return self._noised.step(self._opened, start, stop, self._round)
         return self._opened.mean(start, stop)
 
     def excess(self) -> str:
@@ -119,6 +129,8 @@ class Masked:
         assert self._opened is not None
         if not self.size:
             return ""
+        if self._noised is not None:
+            return self._noised.excess(self._opened)
         plan, norm = self.plan, self._opened.norm()
         most = float(plan.norm_bound) * self.weight * (1 + NORM_ROOM)
         most += self._opened.sites * plan.grid * math.sqrt(self.size)

@@ -41,15 +41,18 @@ class MaskedSlot:
         total: Masked,
         seconds: int,
         obey: Callable[[], None],
+        heard: Callable[[Said], None],
     ) -> None:
         """Prepare a slot, new or open since an earlier process.
 
         Args:
             total: begun for this slot; takes the masked vectors, and opens their sum.
             seconds: the most that one exchange may take.
+            heard: told of every masked vector before it is added; may raise `Refusal` to turn it away.
         """
         self._course, self._records, self._members, self._desk = course, records, members, desk
         self._slot, self._total, self._seconds, self._obey = slot, total, seconds, obey
+        self._heard = heard
         self._minimum, self._threshold = total.plan.minimum, total.plan.threshold
         self.codes: dict[str, str] = {}
         self.taken: tuple[str, ...] = ()
@@ -79,6 +82,7 @@ class MaskedSlot:
 
         def take(said: Said) -> None:
             assert said.answer is not None
+            self._heard(said)
             self._total.add(said.answer, Document.decode(said.document, "answer"), said.chunks())
 
         minimum = len(fixed) if fixed else self._minimum

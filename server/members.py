@@ -25,7 +25,13 @@ UNDONE = {
 
 
 class Members:
-    """The sites of one study and where each stands with this session."""
+    """The sites of one study and where each stands with this session.
+
+    Attributes:
+        decisions: what each site has decided.
+        grants: site → digest of its officer's grant, of those that opened a session of a study with noise.
+        reserved: the sites for which the consortium's log has reserved the plan; None where no noise is asked for.
+    """
 
     def __init__(self, registry: Registry, record: StudyRecord, desk: Desk) -> None:
         self._registry, self._record, self._desk = registry, record, desk
@@ -35,10 +41,16 @@ class Members:
         self._offer: tuple[int, Call] | None = None
         self._opens: dict[bool, Call] = {}
         self.decisions = {line.site: line.state for line in registry.approvals(record.hash)}
+        self.grants: dict[str, str] = {}
+        self.reserved: frozenset[str] | None = None
 
     def approved(self) -> set[str]:
-        """Sites that said yes and are enrolled."""
-        return {site for site, state in self.decisions.items() if state == "approved" and self._desk.enrolled(site)}
+        """Sites that said yes and are enrolled, and for which the plan is reserved where that is needed."""
+        return {
+            site
+            for site, state in self.decisions.items()
+            if state == "approved" and self._desk.enrolled(site) and (self.reserved is None or site in self.reserved)
+        }
 
     def ready(self) -> set[str]:
         """Those of them that are connected."""
@@ -78,6 +90,8 @@ class Members:
             self._needs.add(said.site)
             return ""
         self._opened.add(said.site)
+        if grant := said.answer.detail.get("grant", ""):
+            self.grants[said.site] = grant
         return ""
 
     def undo(self, site: str, code: str) -> None:

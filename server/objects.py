@@ -29,6 +29,7 @@ KINDS = (
     "test",
     "survivors",
     "unmask",
+    "witness",
     "deliver",
 )
 PIECE = 5 << 20

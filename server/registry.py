@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from privacy.errors import ConsiliumError, Refusal
 from privacy.identity import Document
+from privacy.ledger import Abort, Leaf
 from privacy.roster import Enrolment, Roster
 from privacy.study import Study, read_signed
 from server import tables as t
@@ -21,6 +22,7 @@ from server.blobs import Blobs
 from server.chronicle import Chronicle
 from server.course import Course
 from server.home import CoordinatorHome
+from server.ledger import Ledger
 from server.records import (
     LIVE,
     TRANSITIONS,
@@ -48,9 +50,14 @@ class Registry(Chronicle):
         Raises:
             ConsiliumError: it cannot be opened.
         """
-        super().__init__(t.Database(url or home.registry_url()), now or (lambda: datetime.now(UTC)))
+        self._url = url or home.registry_url()
+        super().__init__(t.Database(self._url), now or (lambda: datetime.now(UTC)))
         self._home = home
         self.blobs = Blobs(home.blobs)
+
+    def ledger(self) -> Ledger:
+        """The consortium's log, in the same database; the caller closes it."""
+        return Ledger(self._url, self._home.config().name, self.now)
 
     def __enter__(self) -> Self:
         return self
@@ -224,6 +231,7 @@ class Registry(Chronicle):
         record = self.study(study)
         if record.state not in {State.PAUSED, State.INTERRUPTED}:
             raise _not_now(record, "taken back")
+        self._runs_again(record)
         self.course(record.hash).roll_back(round_)
         return record
 
@@ -236,8 +244,63 @@ class Registry(Chronicle):
         idle = {State.SIGNED, State.REQUESTED, State.PAUSED, State.INTERRUPTED, State.FAILED}
         return self._halt(study, "stop", State.STOPPED, idle)
 
+    def abort(self, study: str) -> StudyRecord:
+        """Give a study with noise up for good: ABORT in the ledger, under a head of its own; it never runs again.
+
+        Raises:
+            ConsiliumError: the study has no noise, runs, is finished, or has reserved nothing.
+        """
+        record = self.study(study)
+        if record.study.privacy.mode == "none":
+            raise ConsiliumError(
+                "Only a study with noise is aborted: one without keeps no budget",
+                record.name,
+                "End it with `consilium-coordinator study stop`.",
+            )
+        if record.state in LIVE:
+            raise ConsiliumError(
+                "The study runs, and what is under way must end first",
+                f"{record.name} is {record.state.value}",
+                "Stop it with `consilium-coordinator study stop`, then abort it.",
+            )
+        with self.ledger() as ledger:
+            account = ledger.account(record.hash)
+            if account is None:
+                raise ConsiliumError(
+                    "Nothing was reserved for the study yet, so there is nothing to abort",
+                    record.name,
+                    "`consilium-coordinator study stop` ends it.",
+                )
+            if not account.open:
+                raise ConsiliumError(
+                    "The ledger holds the end of this study already",
+                    record.name,
+                    "`consilium-coordinator ledger show` says which; a longer run is a new study.",
+                )
+            if State.STOPPED in TRANSITIONS[record.state]:
+                self.transition(record.hash, State.STOPPED, "aborted for good", expected=record.state)
+            ledger.append([Leaf.of(Abort(study=record.hash, reason="stopped"))])
+            ledger.checkpoint(self._home.identity())
+        with self._db.write() as db:
+            self._event(db, record.hash, "aborted", "aborted for good; the ledger says so")
+        return self.study(record.hash)
+
+    def _runs_again(self, record: StudyRecord) -> None:
+        """Refuse when the ledger says that the study was given up (RULES B2)."""
+        if record.study.privacy.mode == "none":
+            return
+        with self.ledger() as ledger:
+            account = ledger.account(record.hash)
+        if account is not None and isinstance(account.final, Abort):
+            raise ConsiliumError(
+                "The study was aborted, and a plan that was aborted never runs again",
+                f"{record.name} ({account.final.reason})",
+                "Draft a new study: `consilium-coordinator study new`; it reserves a budget of its own.",
+            )
+
     def _ask(self, study: str, allowed: set[State], word: str) -> StudyRecord:
         record = self.study(study)
+        self._runs_again(record)
         if record.state not in allowed:
             raise _not_now(record, word)
         return self.transition(record.hash, State.REQUESTED, f"{word} by the coordinator", expected=record.state)

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from models import additive, tasks
+from models import additive, bounds, tasks
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.identity import Document, Identity
 from privacy.messages import Kind
+from privacy.patient import EVALUATION_TRIES
 from server import optimizers
 from server.aggregate import Aggregate, Total, advance, payload
 from server.attempt import BUSY_PAUSE, Attempt
+from server.books import Books
 from server.delivery import deliver
 from server.desk import Call, Clock, Desk, Link, Said
 from server.masked import Masked
@@ -77,10 +80,13 @@ class Loop:
         self._task = tasks.get(self._study.spec())
         self._statistics = additive.size(self._task)
         self._minimum = self._study.aggregation.minimum_sites
+        self._noised = self._study.privacy.mode != "none"
+        self._identity = identity
+        self._books: Books | None = None
         self._desk = Desk(registry, record, identity, link, clock)
         self._members = Members(registry, record, self._desk)
         self._secure = (
-            Secure(registry, record, self._desk, self._members, self._renew, self._statistics, self._obey)
+            Secure(registry, record, self._desk, self._members, self._renew, self._statistics, self._obey, self._hear)
             if self._study.secagg.mode == "on"
             else None
         )
@@ -94,17 +100,32 @@ class Loop:
             ConsiliumError: the registry or the disk failed.
         """
         try:
-            if self._published() is None:
-                self._agree()
-                self._train()
-                self._validate()
-                self._test_and_publish()
-            self._deliver()
+            with ExitStack() as stack:
+                if self._noised:
+                    ledger = stack.enter_context(self._registry.ledger())
+                    self._books = Books(ledger, self._record, self._identity, self._desk)
+                self._run()
         except Halt as halt:
             return self._state(halt.state, halt.reason)
         away = [line.site for line in self._course.deliveries() if line.state != "delivered"]
         reason = f"not delivered yet to {', '.join(away)}; resume delivers again" if away else ""
         return self._state(State.FINISHED, reason)
+
+    def _run(self) -> None:
+        if self._published() is None:
+            self._agree()
+            self._train()
+            self._validate()
+            self._test_and_publish()
+        if self._books is not None:
+            self._books.commit()
+            self._books.witness(self._members.ready(), 0, self._obey, now=True)
+        self._deliver()
+
+    def _hear(self, said: Said) -> None:
+        """Whatever releases an answer brings are written down before its vector is used."""
+        if self._books is not None:
+            self._books.hear(said)
 
     # ---- before the first round ------------------------------------------------------------------------------
 
@@ -169,6 +190,8 @@ class Loop:
                 return None
             else:
                 before = [s for s in slots if (s.kind, s.round) == (kind, round_)]
+                if self._noised and kind != "train" and len(before) >= EVALUATION_TRIES:
+                    return None
                 if self._secure and any(self._secure.released(s.slot) for s in before):
                     raise RoundOver("its sum was to be opened in a slot that came to nothing")
                 cohort = self._gather(len(slots) + 1)
@@ -208,6 +231,7 @@ class Loop:
 
         def take(said: Said) -> None:
             assert said.answer is not None
+            self._hear(said)
             aggregate.add(said.answer, said.chunks())
 
         attempt = Attempt(
@@ -273,6 +297,8 @@ class Loop:
         failures = 0
         while True:
             self._wait_for_sites()
+            if self._books is not None:
+                self._books.begin(self._members, self._obey)
             if self._secure is None:
                 return tuple(sorted(self._members.approved()))
             if cohort := self._secure.cohort(slot):
@@ -334,16 +360,19 @@ class Loop:
             except Refusal as refusal:
                 self._course.close_slot(slot.slot, SlotState.FAILED, refusal.what)
                 raise Halt(State.FAILED, f"training diverged in round {slot.round}: {refusal.remedy}") from refusal
-            evaluation = self._evaluation(slot, last.round, "validation", taken, aggregate)
+            evaluation = None if self._noised else self._evaluation(slot, last.round, "validation", taken, aggregate)
             figures = self._training_figures(aggregate) | {"sites": float(len(taken))}
             figures["seconds"] = round(self._clock.now() - began, 3)
             self._course.commit_round(slot, weights, memory, evaluation, figures)
+            if self._books is not None:
+                self._books.witness(self._members.ready(), slot.slot, self._obey)
             if sent != last.weights:
                 blobs.delete(sent)
             last = self._course.checkpoints()[-1]
             best = {self._best()} if self._study.publish.choose == "best-validation" else set()
             self._course.prune(best, KEPT_BACK if self._secure else 1)
-            if self._secure and (problem := suspicion(self._course.evaluations("validation"), slot.round - 1)):
+            looked_at = {} if self._noised or not self._secure else self._course.evaluations("validation")
+            if problem := suspicion(looked_at, slot.round - 1):
                 raise Halt(State.PAUSED, f"{problem}. Go back: {self._back(slot.round - 2)}")
 
     def _aggregate(self, size: int) -> Total:
@@ -379,6 +408,8 @@ class Loop:
         self, slot: SlotRecord, round_: int, split: str, taken: tuple[str, ...], aggregate: Total
     ) -> Evaluation:
         statistics = aggregate.statistics.copy()
+        if self._noised:
+            additive.fill(statistics, bounds.settle(self._task, additive.task_sums(statistics)))
         try:
             metrics = self._task.metrics(additive.task_sums(statistics))
         except ValueError:
@@ -388,7 +419,7 @@ class Loop:
 
     def _training_figures(self, aggregate: Total) -> dict[str, float]:
         sums = additive.leading(aggregate.statistics)
-        figures = {"train_examples": sums["train_examples"]}
+        figures = {} if self._noised else {"train_examples": sums["train_examples"]}
         with np.errstate(all="ignore"):
             if sums["train_steps"] > 0:
                 figures["train_loss"] = sums["train_loss_sum"] / sums["train_steps"]

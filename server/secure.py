@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from models import tasks
 from privacy.secagg.plan import Plan
 from privacy.stages import TRANSCRIPT
-from server.desk import Call, Desk
+from server.desk import Call, Desk, Said
 from server.masked import Masked
 from server.masked_slot import CLOSED, MaskedSlot
 from server.members import Members
+from server.noised import Noised
 from server.records import Evaluation, SlotRecord, StudyRecord
 from server.registry import Registry
 from server.ring import Rings
@@ -36,6 +38,7 @@ class Secure:
         renew: Callable[[], StudyRecord],
         statistics: int,
         obey: Callable[[], None],
+        heard: Callable[[Said], None],
     ) -> None:
         """Prepare; nothing is sent.
 
@@ -43,11 +46,16 @@ class Secure:
             renew: begins a new session.
             statistics: m, numbers of the statistics.
             obey: called about once a second; may raise to end everything.
+            heard: told of every masked vector before it is added.
         """
+        self._heard = heard
         self._registry, self._study, self._desk, self._members = registry, record.study, desk, members
         self._statistics, self._obey = statistics, obey
         self._course, self._records = registry.course(record.hash), registry.rings(record.hash)
-        self._plan = Plan.of(record.study, registry.blobs.size(record.weights) // 4, statistics)
+        size = registry.blobs.size(record.weights) // 4
+        self._plan = Plan.of(record.study, size, statistics)
+        shared = record.study.privacy.mode == "shared"
+        self._noised = Noised(record.study, tasks.get(record.study.spec()), size) if shared else None
         self._rings = Rings(registry, record, desk, members, renew, self._plan, obey)
 
     def cohort(self, slot: int) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ class Secure:
 
     def total(self, size: int) -> Masked:
         """Room for the masked sum of `size` numbers of an update (0: statistics only)."""
-        return Masked(self._plan, size)
+        return Masked(self._plan, size, self._noised)
 
     def released(self, slot: int) -> bool:
         """Whether some site may have released shares for a slot (RULES S4)."""
@@ -79,7 +87,7 @@ class Secure:
         total.begin(slot, found.ring)
         masked = MaskedSlot(
             self._course, self._records, self._members, self._desk, slot, total,
-            self._study.rounds.deadline_seconds, self._obey,
+            self._study.rounds.deadline_seconds, self._obey, self._heard,
         )  # fmt: skip
         problem = masked.run(call)
         self._rings.lost_keys(masked.codes)

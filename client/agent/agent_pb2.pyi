@@ -223,3 +223,17 @@ class ModelList(_message.Message):
     MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelLine]
     def __init__(self, models: _Optional[_Iterable[_Union[ModelLine, _Mapping]]] = ...) -> None: ...
+
+class OfficerKey(_message.Message):
+    __slots__ = ("key", "replace")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    replace: bool
+    def __init__(self, key: _Optional[str] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class BudgetReply(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: str
+    def __init__(self, report: _Optional[str] = ...) -> None: ...

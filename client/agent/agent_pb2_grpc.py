@@ -250,6 +250,26 @@ class LocalStub:
                 request_serializer=client_dot_agent_dot_agent__pb2.StudyName.SerializeToString,
                 response_deserializer=client_dot_agent_dot_agent__pb2.CheckEvent.FromString,
                 _registered_method=True)
+        self.Trust = channel.unary_unary(
+                '/consilium.agent.v1.Local/Trust',
+                request_serializer=client_dot_agent_dot_agent__pb2.OfficerKey.SerializeToString,
+                response_deserializer=client_dot_agent_dot_agent__pb2.Empty.FromString,
+                _registered_method=True)
+        self.TakeGrant = channel.unary_unary(
+                '/consilium.agent.v1.Local/TakeGrant',
+                request_serializer=client_dot_agent_dot_agent__pb2.DocumentMessage.SerializeToString,
+                response_deserializer=client_dot_agent_dot_agent__pb2.Imported.FromString,
+                _registered_method=True)
+        self.RevokeGrant = channel.unary_unary(
+                '/consilium.agent.v1.Local/RevokeGrant',
+                request_serializer=client_dot_agent_dot_agent__pb2.StudyName.SerializeToString,
+                response_deserializer=client_dot_agent_dot_agent__pb2.Imported.FromString,
+                _registered_method=True)
+        self.Budget = channel.unary_unary(
+                '/consilium.agent.v1.Local/Budget',
+                request_serializer=client_dot_agent_dot_agent__pb2.Empty.SerializeToString,
+                response_deserializer=client_dot_agent_dot_agent__pb2.BudgetReply.FromString,
+                _registered_method=True)
 
 
 class LocalServicer:
@@ -324,6 +344,33 @@ class LocalServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trust(self, request, context):
+        """pins the privacy officer
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeGrant(self, request, context):
+        """the officer's allowance or grant
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeGrant(self, request, context):
+        """durable before it returns
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Budget(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LocalServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -381,6 +428,26 @@ def add_LocalServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=client_dot_agent_dot_agent__pb2.StudyName.FromString,
                     response_serializer=client_dot_agent_dot_agent__pb2.CheckEvent.SerializeToString,
+            ),
+            'Trust': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trust,
+                    request_deserializer=client_dot_agent_dot_agent__pb2.OfficerKey.FromString,
+                    response_serializer=client_dot_agent_dot_agent__pb2.Empty.SerializeToString,
+            ),
+            'TakeGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeGrant,
+                    request_deserializer=client_dot_agent_dot_agent__pb2.DocumentMessage.FromString,
+                    response_serializer=client_dot_agent_dot_agent__pb2.Imported.SerializeToString,
+            ),
+            'RevokeGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeGrant,
+                    request_deserializer=client_dot_agent_dot_agent__pb2.StudyName.FromString,
+                    response_serializer=client_dot_agent_dot_agent__pb2.Imported.SerializeToString,
+            ),
+            'Budget': grpc.unary_unary_rpc_method_handler(
+                    servicer.Budget,
+                    request_deserializer=client_dot_agent_dot_agent__pb2.Empty.FromString,
+                    response_serializer=client_dot_agent_dot_agent__pb2.BudgetReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -680,6 +747,114 @@ class Local:
             '/consilium.agent.v1.Local/Compare',
             client_dot_agent_dot_agent__pb2.StudyName.SerializeToString,
             client_dot_agent_dot_agent__pb2.CheckEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/consilium.agent.v1.Local/Trust',
+            client_dot_agent_dot_agent__pb2.OfficerKey.SerializeToString,
+            client_dot_agent_dot_agent__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/consilium.agent.v1.Local/TakeGrant',
+            client_dot_agent_dot_agent__pb2.DocumentMessage.SerializeToString,
+            client_dot_agent_dot_agent__pb2.Imported.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/consilium.agent.v1.Local/RevokeGrant',
+            client_dot_agent_dot_agent__pb2.StudyName.SerializeToString,
+            client_dot_agent_dot_agent__pb2.Imported.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Budget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/consilium.agent.v1.Local/Budget',
+            client_dot_agent_dot_agent__pb2.Empty.SerializeToString,
+            client_dot_agent_dot_agent__pb2.BudgetReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,7 @@ from client.agent.keepsakes import Keepsakes
 from client.agent.policy import Sizes
 from client.feed import place
 from client.imaging import Cohort, Membership
+from client.private.bench import PrivateBench
 from models import additive, tasks, transforms, weights
 from privacy.errors import Refusal, RefusalCode
 from privacy.messages import Kind, Vector
@@ -53,7 +54,7 @@ class Bench:
         self.source, self.cohort = source, cohort
         self.task = tasks.get(spec)
         self.plan = training.Plan.of(study)
-        self._study, self._kept, self._site = study, kept, site
+        self._study, self.kept, self._site = study, kept, site
         self._augment = transforms.augmentation(spec) if study.input.augmentation else None
         with COMPUTING:
             network: nn.Module = networks.build(spec)
@@ -61,6 +62,9 @@ class Bench:
         self._first_norms = weights.local_vector(network)
         self._personal: dict[str, float] = {}
         self.network = place(network, device())
+        self.private = None
+        if study.privacy.mode != "none":
+            self.private = PrivateBench(study, cohort, self.task, self.network, self._augment)
 
     def work(
         self,
@@ -99,7 +103,7 @@ class Bench:
         side = Membership.TEST if kind == "test" else Membership.VALIDATION
         self._load(vector[: sizes.trainable], round_number)
         additive.fill(statistics, training.evaluate(self.network, self.task, self.cohort, side, check=check))
-        own = self._kept.newest(PERSONAL, self.plan.rounds, sizes.trainable + len(self._first_norms))
+        own = self.kept.newest(PERSONAL, self.plan.rounds, sizes.trainable + len(self._first_norms))
         if kind == "test" and self._study.local.personal != "none" and own is not None:
             self._load_personal(own, sizes.trainable)
             sums = training.evaluate(self.network, self.task, self.cohort, side, check=check)
@@ -126,7 +130,7 @@ class Bench:
             shift=beside - own if own is not None else None,
         )  # fmt: skip
         if len(self._first_norms):
-            self._kept.keep(NORMS, round_number, weights.local_vector(self.network))
+            self.kept.keep(NORMS, round_number, weights.local_vector(self.network))
         if own is not None:
             self._next_control(own, update, beside, round_number, _counted(parameters, self._site))
         if model is not None:
@@ -141,14 +145,14 @@ class Bench:
         """The common model of a round, with the site's own normalisation as it stood then."""
         weights.load_trainable(self.network, parameters)
         if size := len(self._first_norms):
-            own = self._kept.newest(NORMS, round_, size)
+            own = self.kept.newest(NORMS, round_, size)
             weights.load_local(self.network, self._first_norms if own is None else own)
 
     # ---- SCAFFOLD --------------------------------------------------------------------------------------------
 
     def _control(self, parameters: Mapping[str, str], size: int) -> Vector:
         """c_i as the coordinator counts it: after the last round of ours that is in the model; zero before any."""
-        found = self._kept.newest(CONTROL, _counted(parameters, self._site), size)
+        found = self.kept.newest(CONTROL, _counted(parameters, self._site), size)
         return np.zeros(size, np.float32) if found is None else found
 
     def _next_control(self, own: Vector, update: Vector, beside: Vector, round_number: int, counted: int) -> None:
@@ -158,14 +162,14 @@ class Bench:
         """
         np.negative(beside, out=beside)
         beside -= update / np.float32(self.plan.travelled(round_number))
-        self._kept.keep(CONTROL, round_number, own + beside, oldest=counted)
+        self.kept.keep(CONTROL, round_number, own + beside, oldest=counted)
 
     # ---- Ditto -----------------------------------------------------------------------------------------------
 
     def _train_personal(self, model: Vector, round_number: int, check: training.Check) -> None:
         """As many steps of the site's own model, held to the received one by λ/2 |v − w|² (Li 2021, 2012.04221)."""
         d = len(model)
-        own = self._kept.newest(PERSONAL, round_number - 1, d + len(self._first_norms))
+        own = self.kept.newest(PERSONAL, round_number - 1, d + len(self._first_norms))
         start = np.concatenate([model, self._first_norms]) if own is None else own
         self._load_personal(start, d)
         vector = start[:d].copy()
@@ -178,7 +182,7 @@ class Bench:
         now = np.concatenate([weights.trainable_vector(self.network), weights.local_vector(self.network)])
         if not np.isfinite(now).all():
             raise Refusal(RefusalCode.NON_FINITE)
-        self._kept.keep(PERSONAL, round_number, now, oldest=round_number - 1)
+        self.kept.keep(PERSONAL, round_number, now, oldest=round_number - 1)
 
     def _load_personal(self, vector: Vector, d: int) -> None:
         weights.load_trainable(self.network, vector[:d])

@@ -21,8 +21,11 @@ from client.agent.calls import Calls
 from client.agent.delivery import unpack
 from client.agent.desk import Desk
 from client.agent.history import REFUSAL, History
+from client.agent.logbook import Logbook
 from client.agent.payload import Payload, into_bytes, into_vector
 from client.agent.policy import Site
+from client.agent.private import Private
+from client.agent.purse import Purse
 from client.agent.rows import State, StudyRow
 from client.agent.secure import Secure
 from client.agent.spool import Spool, lock_home, vector_name
@@ -77,9 +80,14 @@ class Agent:
             for study in self._history.slots:
                 self._history.hold_against(self.store, study)
             self.desk = desk(home, fresh=not self.store.studies(), threads=self.config.threads)
+            self.purse = self._purse()
             self._spool = Spool(home.agent / "inbox")
             self._secure = Secure(self.store, self._voice, self.site, identity, self.desk.sizes)
-            self._workshop = Workshop(self.store, self._airlock, self.desk, self._answers, self._voice, self._secure)
+            self._logbook = Logbook(self.store, identity, self.site, self._now, self.purse)
+            self._workshop = Workshop(
+                self.store, self._airlock, self.desk, self._answers, self._voice, self._secure,
+                Private(self._airlock, self.purse), self._logbook,
+            )  # fmt: skip
         except BaseException:
             os.close(self._guard)
             raise
@@ -278,6 +286,9 @@ class Agent:
         policy.check_size(header, self.desk.sizes(study))
         if header.kind == "open":
             return self._open(request, study, payload)
+        if header.kind == "witness":
+            data = into_bytes(payload, header.payload_sha256, header.payload_bytes)
+            return self._voice.done(request, self._logbook.cosign(data))
         return self._deliver(request, row, study, payload)
 
     def _offer(self, request: Request, payload: Payload) -> bytes:
@@ -294,6 +305,7 @@ class Agent:
         header, held = request.header, self.desk.initial(study)
         if header.session == 0:
             raise Refusal(RefusalCode.MALFORMED)
+        granted = {"grant": self.purse.granted(study)} if study.privacy.mode != "none" else {}
         if header.payload_bytes:
             if header.payload_sha256 != study.initial.sha256:
                 raise Refusal(RefusalCode.MODEL_HASH)
@@ -307,7 +319,7 @@ class Agent:
         if not held.exists():
             return self._voice.done(request, {"initial": "needed"})
         self._workshop.prepare(study)
-        return self._voice.done(request, {"initial": "held"})
+        return self._voice.done(request, {"initial": "held", **granted})
 
     def _deliver(self, request: Request, row: StudyRow, study: Study, payload: Payload) -> bytes:
         header = request.header
@@ -317,6 +329,8 @@ class Agent:
             unpack(part, self.models() / header.study, self.desk.sizes(study), row.result)
         self.desk.leave_own(study, header.round, self.models() / header.study)
         self.store.finish(header.study)
+        if study.privacy.mode != "none":
+            self._settle(header.study)
         self.store.rings.wipe()
         self._workshop.cancel(header.study, RefusalCode.SESSION_CLOSED)
         self.desk.forget(header.study)
@@ -347,21 +361,44 @@ class Agent:
             raise Refusal(RefusalCode.SESSION_UNKNOWN, str(header.session))
         if study.secagg.mode == "on":
             self._secure.admit(request, study)
+        if study.privacy.mode != "none":
+            self._logbook.check(header.study, header.slot)
         sizes = self.desk.sizes(study)
         policy.check_size(header, sizes)
         with self._spool.only_one(header.study):
             vector = into_vector(payload, header.payload_sha256, sizes.received(header.kind), sizes.statistics)
         if not all_finite(vector):
             raise Refusal(RefusalCode.NON_FINITE)
-        begun = self._workshop.begin(request, study, vector, received + header.deadline_seconds)
+        noised = study.privacy.mode != "none"  # then whether a site is late hangs on nothing that a message says
+        seconds = study.rounds.deadline_seconds if noised else header.deadline_seconds
+        begun = self._workshop.begin(request, study, vector, received + seconds)
         del vector
         return begun if isinstance(begun, bytes) else begun.result()
 
     # ---- helpers ---------------------------------------------------------------------------------------------
 
+    def _settle(self, study: str) -> None:
+        """Give back what a finished study did not use; a ledger in doubt keeps it reserved, which is the safe side."""
+        try:
+            self.purse.settle(study, committed=True)
+        except Refusal:
+            log.exception("the privacy ledger was not settled for study %s", study)
+
+    def _purse(self) -> Purse:
+        """The patients' budgets, held against the journal and added up; a ledger in doubt charges nothing."""
+        purse = self.store.purse(self.site.name)
+        for study, slot in self._history.slots.items():
+            purse.hold_against(study, slot)
+        try:
+            purse.verify_whole(self.desk.key)
+        except Refusal:
+            log.error("the privacy ledger is in doubt: %s", purse.trouble())
+        return purse
+
     def _add_study(self, study: Study, document: bytes) -> StudyRow:
         row = self.store.add_study(study.hash, study.study.name, document)
         self._history.hold_against(self.store, study.hash)
+        self.purse.hold_against(study.hash, self._history.slots.get(study.hash, 0))
         return row
 
     def _known(self, study: str) -> tuple[StudyRow | None, Study | None]:

@@ -2,7 +2,7 @@
 
 Its control variate (SCAFFOLD), its own normalisation (FedBN), its personal model (Ditto): float32 vectors, one file
 for each round that changed them, because a round may be asked for again: it then begins once more from what there was
-before it. Only studies without noise have any (RULES N3).
+before it. A study with noise keeps none of these (RULES N3), only the noised update of a round, to send it again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class Keepsakes:
             return None
         vector = np.fromfile(self._path(what, max(rounds)), dtype="<f4")
         return vector if vector.shape == (size,) else None
+
+    def of_round(self, what: str, round_: int, size: int) -> Vector | None:
+        """The vector float32 [size] of exactly this round, or None."""
+        return self.newest(what, round_, size) if round_ in self._rounds(what) else None
 
     def keep(self, what: str, round_: int, vector: Vector, oldest: int = 0) -> None:
         """Make a vector durable for a round, and let those of rounds before `oldest` go.

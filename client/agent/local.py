@@ -173,6 +173,32 @@ class Local(stubs.LocalServicer):
                 )
         return pb.ModelList(models=lines)
 
+    @_guarded
+    def Trust(self, request: pb.OfficerKey, context: grpc.ServicerContext) -> pb.Empty:
+        """Pin the privacy officer's key."""
+        self._agent.purse.trust(request.key, replace=request.replace)
+        return pb.Empty()
+
+    @_guarded
+    def TakeGrant(self, request: pb.DocumentMessage, context: grpc.ServicerContext) -> pb.Imported:
+        """The officer's allowance or grant, handed over as a file."""
+        kind, subject = self._agent.purse.take(request.document)
+        return pb.Imported(kind=kind, subject=subject)
+
+    @_guarded
+    def RevokeGrant(self, request: pb.StudyName, context: grpc.ServicerContext) -> pb.Imported:
+        """End a study's grant; a grant may name a study that the site has not seen yet."""
+        hashes = [grant["study"] for grant in self._agent.purse.report()["grants"]]
+        named = {study for study in hashes if len(request.study) >= SHORTEST_PREFIX and study.startswith(request.study)}
+        study = named.pop() if len(named) == 1 else self._find(request.study).hash
+        self._agent.purse.revoke(study)
+        return pb.Imported(kind="grant", subject=study)
+
+    @_guarded
+    def Budget(self, request: pb.Empty, context: grpc.ServicerContext) -> pb.BudgetReply:
+        """Grants, studies, and how far patients' lifetimes are spent."""
+        return pb.BudgetReply(report=json.dumps(self._agent.purse.report()))
+
     def _find(self, name: str) -> StudyRow:
         rows = self._agent.store.studies()
         found = [row for row in rows if name in (row.hash, row.name)] or [

@@ -17,6 +17,7 @@ from privacy.identity import DOCUMENT_LIMIT, Document
 from privacy.messages import PROTOCOL, Header, Kind, Request
 from privacy.roster import Roster
 from privacy.study import KIND, Study, read_signed
+from privacy.witness import PROPOSAL_LIMIT
 
 OFFER_LIMIT = 8 << 20
 PAGES_LIMIT = 16 << 20
@@ -167,6 +168,10 @@ def check_size(header: Header, sizes: Sizes | None) -> None:
     announced = header.payload_bytes
     if sizes is None:
         if announced > OFFER_LIMIT:
+            raise Refusal(RefusalCode.TOO_LARGE)
+        return
+    if header.kind == "witness":
+        if announced > PROPOSAL_LIMIT:
             raise Refusal(RefusalCode.TOO_LARGE)
         return
     expected = 4 * sizes.received(header.kind)

@@ -44,11 +44,49 @@ CREATE TABLE pins (
 keys as the operator approved them. Choices and the rows of `stages` are tombstones: they outlive the secrets and the
 bytes."""
 
+PURSE_TABLES = """
+CREATE TABLE officer (one INTEGER PRIMARY KEY CHECK (one = 1), key TEXT NOT NULL, at TEXT NOT NULL);
+CREATE TABLE allowances (
+    id INTEGER PRIMARY KEY, officer TEXT NOT NULL, serial INTEGER NOT NULL, document BLOB NOT NULL,
+    UNIQUE (officer, serial));
+CREATE TABLE grants (
+    id INTEGER PRIMARY KEY, officer TEXT NOT NULL, serial INTEGER NOT NULL, study TEXT NOT NULL,
+    document BLOB NOT NULL, state TEXT NOT NULL CHECK (state IN ('open', 'consumed', 'revoked')),
+    UNIQUE (officer, serial));
+CREATE TABLE histories (id INTEGER PRIMARY KEY, vector TEXT NOT NULL UNIQUE);
+CREATE TABLE patients (
+    id INTEGER PRIMARY KEY, pseudonym TEXT NOT NULL UNIQUE, history INTEGER NOT NULL);
+CREATE TABLE plans (
+    id INTEGER PRIMARY KEY, study TEXT NOT NULL UNIQUE, name TEXT NOT NULL, mode TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('reserved', 'committed', 'aborted')),
+    granted INTEGER REFERENCES grants (id), members INTEGER NOT NULL, gone INTEGER NOT NULL DEFAULT 0,
+    at TEXT NOT NULL);
+CREATE TABLE parts (
+    plan INTEGER NOT NULL REFERENCES plans (id), role TEXT NOT NULL, unit TEXT NOT NULL, count INTEGER NOT NULL,
+    held INTEGER NOT NULL, PRIMARY KEY (plan, role)) WITHOUT ROWID;
+CREATE TABLE members (
+    plan INTEGER NOT NULL, patient INTEGER NOT NULL, role TEXT NOT NULL, PRIMARY KEY (plan, patient)) WITHOUT ROWID;
+CREATE TABLE charges (
+    study TEXT NOT NULL REFERENCES plans (study), slot INTEGER NOT NULL, kind TEXT NOT NULL, round INTEGER NOT NULL,
+    request TEXT NOT NULL, steps INTEGER NOT NULL, paid INTEGER NOT NULL, counter INTEGER NOT NULL UNIQUE,
+    PRIMARY KEY (study, slot)) WITHOUT ROWID;
+CREATE TABLE ledger (
+    one INTEGER PRIMARY KEY CHECK (one = 1), pseudonyms TEXT NOT NULL DEFAULT '', forgotten INTEGER NOT NULL DEFAULT 0,
+    trouble TEXT NOT NULL DEFAULT '');
+INSERT INTO ledger (one) VALUES (1);
+CREATE TABLE witness (one INTEGER PRIMARY KEY CHECK (one = 1), state BLOB NOT NULL);
+"""
+"""What differential privacy adds. `histories`: RDP vectors, JSON, each once. `parts`: what a plan costs a patient of a
+role: `unit` of one release, `count` of them reserved, `held` of them in the histories now. `plans.gone`: the highest
+slot that the journal knows to have left. `ledger`: a fingerprint of the pseudonyms' key, the last charge that records
+lost with a backup had counted, and what is wrong, in words. No row of these is ever deleted."""
+
 UPGRADES = {
     2: (
         "ALTER TABLE slots ADD COLUMN round INTEGER NOT NULL DEFAULT 0;\n"
         "ALTER TABLE slots ADD COLUMN cohort TEXT NOT NULL DEFAULT '';\n" + SECURE_TABLES
     ),
+    3: PURSE_TABLES,
 }
 """What brings the records of an older release up to each schema."""
 

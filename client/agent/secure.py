@@ -85,6 +85,15 @@ class Secure:
         site.mask(ready, header.slot, request.hash, header.cohort, words)
         return words
 
+    def hide(self, request: Request, study: Study, words: Words) -> None:
+        """Mask words that are on the study's grid already and carry their noise, uint32 [d + m] or [m], in place.
+
+        Raises:
+            Refusal: SESSION_CLOSED when the keys are gone meanwhile.
+        """
+        header = request.header
+        site.mask(self._ready(study, header.session), header.slot, request.hash, header.cohort, words)
+
     # ---- the stages ------------------------------------------------------------------------------------------
 
     def room(self, study: Study) -> int:

@@ -15,12 +15,24 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from client.agent.purse import Purse
 from client.agent.rings import Rings, StageLeft
-from client.agent.rows import SECURE_TABLES, SLOT, STUDY, TABLES, UPGRADES, SlotRow, SourceRow, State, StudyRow
+from client.agent.rows import (
+    PURSE_TABLES,
+    SECURE_TABLES,
+    SLOT,
+    STUDY,
+    TABLES,
+    UPGRADES,
+    SlotRow,
+    SourceRow,
+    State,
+    StudyRow,
+)
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.roster import timestamp
 
-SCHEMA = 2
+SCHEMA = 3
 KEPT_EVENTS = 1000
 
 
@@ -28,7 +40,8 @@ class Store:
     """The agent's memory. Thread-safe; one process only (the caller holds the home's lock).
 
     Raises (any method):
-        Refusal: DISK_FULL when a change cannot be made durable; then it has not happened.
+        Refusal: DISK_FULL when a change cannot be made durable, BUSY when another program holds the file; then it has
+            not happened.
     """
 
     def __init__(self, path: Path, now: Callable[[], datetime] | None = None) -> None:
@@ -46,7 +59,7 @@ class Store:
             if version < SCHEMA:
                 with self._transaction():
                     upgrades = [UPGRADES[number] for number in range(version + 1, SCHEMA + 1) if version]
-                    for statements in upgrades or [TABLES, SECURE_TABLES]:
+                    for statements in upgrades or [TABLES, SECURE_TABLES, PURSE_TABLES]:
                         for statement in statements.split(";\n"):
                             self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={SCHEMA}")
@@ -63,6 +76,10 @@ class Store:
                 "Install the newer release again; an older one would misread them.",
             )
         self.rings = Rings(self._db, self._lock, self._transaction, self._event)
+
+    def purse(self, site: str) -> Purse:
+        """The patients' budgets of a site, in this same file and under its transactions."""
+        return Purse(self._db, self._lock, self._transaction, self._event, self._now, site)
 
     def close(self) -> None:
         """Close the file."""
@@ -178,6 +195,13 @@ class Store:
                 self._db.execute("UPDATE studies SET highest = ? WHERE hash = ?", (slot, study))
                 self._event(study, f"these records were restored from a backup: slots up to {slot} count as used")
 
+    def start_over(self, study: str, why: str) -> None:
+        """Spend every open slot of a study and destroy its keys, for a reason that the operator reads (RULES S3)."""
+        with self._transaction():
+            self._spend(study)
+            self.rings.destroy(study)
+            self._event(study, f"{why}: the keys of its sessions are destroyed")
+
     def remember(self, study: str, left: Iterable[StageLeft]) -> None:
         """Hold the records against what left in the stages of secure sums; older records lose every secret.
 
@@ -232,8 +256,13 @@ class Store:
             assert bound is not None
             return bound
 
-    def keep_answer(self, study: str, slot: int, request: str, answer: bytes, sha256: str, size: int) -> None:
+    def keep_answer(
+        self, study: str, slot: int, request: str, answer: bytes, sha256: str, size: int, witness: bytes = b""
+    ) -> None:
         """Record the answer whose payload is already on the disk.
+
+        Args:
+            witness: what the site knows of the consortium's log from now on; empty leaves it.
 
         Raises:
             Refusal: SLOT_SPENT when the slot was killed while the agent computed.
@@ -246,7 +275,19 @@ class Store:
             )
             if changed.rowcount != 1:
                 raise Refusal(RefusalCode.SLOT_SPENT, str(slot))
+            self._keep_witness(witness)
             self._event(study, f"slot {slot}: answer stored")
+
+    def witness(self) -> bytes:
+        """What the site knows of the consortium's log (`privacy.witness`); empty when nothing yet."""
+        with self._lock:
+            row = self._db.execute("SELECT state FROM witness").fetchone()
+        return bytes(row[0]) if row else b""
+
+    def keep_witness(self, state: bytes) -> None:
+        """Replace it, durably, before a cosignature leaves."""
+        with self._transaction():
+            self._keep_witness(state)
 
     def slot(self, study: str, slot: int) -> SlotRow | None:
         """One slot, or None when it was never bound."""
@@ -304,6 +345,10 @@ class Store:
             raise Refusal(RefusalCode.SLOT_SPENT, str(slot))
         return row
 
+    def _keep_witness(self, state: bytes) -> None:
+        if state:
+            self._db.execute("INSERT OR REPLACE INTO witness VALUES (1, ?)", (state,))
+
     def _spend(self, study: str) -> None:
         self._db.execute(
             "UPDATE slots SET state = 'spent', answer = x'' WHERE study = ? AND state != 'spent'", (study,)
@@ -337,4 +382,6 @@ class Store:
                     sqlite3.SQLITE_CANTOPEN,
                 }:
                     raise Refusal(RefusalCode.DISK_FULL) from error
+                if error.sqlite_errorcode & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+                    raise Refusal(RefusalCode.BUSY) from error
                 raise

@@ -11,14 +11,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from client.agent.bench import Bench
 from client.agent.desk import Desk
+from client.agent.logbook import STEPS, Logbook
+from client.agent.private import Private
 from client.agent.rows import SourceRow, State, StudyRow
 from client.agent.secure import Secure
 from client.agent.spool import discard, vector_name
 from client.agent.store import Store
 from client.agent.voice import Voice
 from client.agent.work import Work
-from privacy.airlock import Airlock, Numbers
+from privacy.airlock import Airlock, Numbers, Stored
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.messages import Request, Vector, all_finite
 from privacy.study import Study
@@ -33,11 +36,23 @@ class Workshop:
         answers: the airlock's folder of stored vectors.
         voice: signs answers.
         secure: masks what a study with secure aggregation asks for.
+        private: answers for studies with noise.
+        logbook: signs what they release.
     """
 
-    def __init__(self, store: Store, airlock: Airlock, desk: Desk, answers: Path, voice: Voice, secure: Secure) -> None:
+    def __init__(
+        self,
+        store: Store,
+        airlock: Airlock,
+        desk: Desk,
+        answers: Path,
+        voice: Voice,
+        secure: Secure,
+        private: Private,
+        logbook: Logbook,
+    ) -> None:
         self._store, self._airlock, self._desk, self._answers, self._voice = store, airlock, desk, answers, voice
-        self._secure = secure
+        self._secure, self._private, self._logbook = secure, private, logbook
         self._lock = threading.Lock()
         self._works: dict[str, Work] = {}
         self._worker = ThreadPoolExecutor(1, "training")
@@ -150,13 +165,8 @@ class Workshop:
     def _produce(self, work: Work, request: Request, study: Study, vector: Vector) -> bytes:
         header, sizes = request.header, self._desk.sizes(study)
         bench = self._desk.bench(study, self._source(self._store.study(header.study)), work.check)
-        leaving: Numbers
         try:
-            result = leaving = bench.work(header.kind, header.round, vector, sizes, work.check, header.parameters)
-            if not all_finite(result):
-                raise Refusal(RefusalCode.NON_FINITE)
-            if study.secagg.mode == "on":
-                leaving = self._secure.mask(request, study, result)
+            leaving, own = self._compute(work, request, study, bench, vector)
         except Refusal as refusal:
             if refusal.code is not RefusalCode.NON_FINITE:
                 raise
@@ -165,15 +175,48 @@ class Workshop:
             return answer
         work.check()
         stored = self._airlock.keep(vector_name(header.study, header.slot), leaving)
-        answer = self._voice.done(request, {}, sha256=stored.sha256, size=stored.size, statistics=sizes.statistics)
         try:
-            self._store.keep_answer(header.study, header.slot, request.hash, answer, stored.sha256, stored.size)
+            answer = self._keep(request, study, stored, sizes.statistics)
         except BaseException:
             self._airlock.discard(stored)
             raise
-        if header.kind == "test":
-            self._store.keep_result(header.study, bench.result(result))
+        if own:
+            self._store.keep_result(header.study, own)
         return answer
+
+    def _keep(self, request: Request, study: Study, stored: Stored, statistics: int) -> bytes:
+        """Record the answer, with the signed release where there is noise (RULES B7), and return it."""
+        header = request.header
+
+        def keep(detail: dict[str, str], witness: bytes = b"") -> bytes:
+            answer = self._voice.done(request, detail, sha256=stored.sha256, size=stored.size, statistics=statistics)
+            self._store.keep_answer(
+                header.study, header.slot, request.hash, answer, stored.sha256, stored.size, witness
+            )
+            return answer
+
+        if study.privacy.mode == "none":
+            return keep({})
+        with self._logbook.turn:
+            witness, steps = self._logbook.released(header.study, header.slot, request.hash, stored.sha256)
+            return keep({STEPS: steps}, witness)
+
+    def _compute(self, work: Work, request: Request, study: Study, bench: Bench, vector: Vector) -> tuple[Numbers, str]:
+        """What leaves, and of a test the site's own figures."""
+        header, sizes, masked = request.header, self._desk.sizes(study), study.secagg.mode == "on"
+        if bench.private is not None:
+            produced = self._private.produce(request, study, bench, vector, sizes, work.check)
+            if produced.words is not None:
+                self._secure.hide(request, study, produced.words)
+                return produced.words, produced.own
+            assert produced.vector is not None
+            result, own = produced.vector, produced.own
+        else:
+            result = bench.work(header.kind, header.round, vector, sizes, work.check, header.parameters)
+            own = bench.result(result) if header.kind == "test" else ""
+        if not all_finite(result):
+            raise Refusal(RefusalCode.NON_FINITE)
+        return (self._secure.mask(request, study, result) if masked else result), own
 
     def _prepare(self, study: Study) -> None:
         row = self._store.study(study.hash)

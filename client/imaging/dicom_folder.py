@@ -16,11 +16,9 @@ from pathlib import Path
 from client.imaging import index
 from client.imaging.codestream import ISOLATED
 from client.imaging.dicom import read_images, read_volume
-from client.imaging.files import inside, walk
-from client.imaging.folder import slices, with_mask
+from client.imaging.folder import Folder, slices, with_mask
 from client.imaging.header import NOT_PICTURES, Header, header_facts, shown_modality
-from client.imaging.index import Entry
-from client.imaging.labels import Row, Rows, one_class, read_table, several_of, target_of
+from client.imaging.labels import Row, Rows, one_class, several_of, target_of
 from client.imaging.masks import classes_of
 from client.imaging.nifti import ENDINGS, read_label_map
 from client.imaging.pictures import read_picture_mask
@@ -57,34 +55,17 @@ class DicomOpener:
         return pictures
 
 
-class DicomFolder:
+class DicomFolder(Folder):
     """`Reader` of a folder of DICOM files."""
 
-    parallel = True
-
     def __init__(self, source: Source) -> None:
-        source.check()
-        self._source = source
-        self._root = source.path.resolve()
-        self._labels = source.labels.resolve() if source.labels else None
+        super().__init__(source)
         self.opener = DicomOpener(self._root, dict(source.classes))
-        self._entries: list[Entry] = []
-        if self._labels is not None:  # a wrong column is told before thousands of files are read
-            read_table(self._labels, source.columns, image=True, label=False)
-        self._paths = [path for path in sorted(walk(self._root)) if (self._root / path) != self._labels]
-
-    def size(self) -> int:
-        """How many files the folder holds, the label table aside."""
-        return len(self._paths)
 
     def survey(self, tick: Tick, store: Path | None = None, processes: int | None = None) -> None:
         """Reads the headers that the index file `store` does not know yet."""
         examine, kind = partial(header_facts, self._source.label_tag), f"dicom {self._source.label_tag}"
         self._entries = index.examined(self._root, self._paths, examine, store, kind, tick, processes)
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 over the names and bytes of all files and of the label table."""
-        return index.digest(self._entries, self._labels)
 
     def words(self) -> set[str]:
         """The values of the label's tag, or the labels of all segments."""
@@ -136,10 +117,7 @@ class DicomFolder:
                 )
             return None
         label = wants_words and not self._source.label_tag
-        table = read_table(self._labels, self._source.columns, image=True, label=label)
-        rows = Rows(table, by_file=self._source.match == "file")
-        rows.files(self._paths)
-        return rows
+        return self._table(self._labels, label=label, by_file=self._source.match == "file")
 
     def _items(self, rows: Rows | None) -> tuple[list[Item], list[Quarantined]]:
         items, out, masks = [], [], self._mask_files(rows)
@@ -153,15 +131,6 @@ class DicomFolder:
             else:
                 out.append(Quarantined(entry.path, entry.reason or Reason.DAMAGED, entry.detail))
         return items, out
-
-    def _mask_files(self, rows: Rows | None) -> set[str]:
-        found = set()
-        for row in rows.every() if rows else ():
-            try:
-                found |= {inside(self._root, row.mask)} if row.mask else set()
-            except Unusable:
-                continue  # told where its image is judged
-        return found
 
     def _sorted_out(
         self, items: Sequence[Item], wanted: Wanted, out: list[Quarantined]
@@ -226,14 +195,9 @@ class DicomFolder:
         return patient
 
     def _masks(self, rows: Sequence[Row], segs: Sequence[str]) -> tuple[str, ...]:
-        named = {row.mask for row in rows if row.mask}
-        if len(named) > 1:
-            raise Unusable(Reason.LABELS, "two masks")
+        named = self._named_mask(rows)
         if named:
-            try:
-                return (inside(self._root, named.pop()),)
-            except Unusable as bad:
-                raise Unusable(Reason.NO_MASK if bad.reason is Reason.NO_FILE else bad.reason, "the mask") from None
+            return named
         if not segs:
             raise Unusable(Reason.NO_MASK)
         return tuple(sorted(set(segs)))

@@ -7,6 +7,7 @@ two patients share is kept for both and reported.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ def slices(volume: Picture) -> list[Picture]:
     ]
 
 
-class ImageFolder:
-    """`Reader` of a folder of NIfTI, PNG or JPEG files."""
+class Folder:
+    """What the readers of a folder share: its files, what is known of their headers, its label table and masks."""
 
     parallel = True
 
@@ -92,8 +93,6 @@ class ImageFolder:
         self._source = source
         self._root = source.path.resolve()
         self._labels = source.labels.resolve() if source.labels else None
-        self._masks = source.masks.resolve() if source.masks else None
-        self.opener = FileOpener(self._root, source.kind, dict(source.classes))
         self._entries: list[Entry] = []
         if self._labels is not None:  # a wrong column is told before thousands of files are read
             read_table(self._labels, source.columns, image=True, label=False)
@@ -103,14 +102,46 @@ class ImageFolder:
         """How many files the folder holds, the label table aside."""
         return len(self._paths)
 
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the names and bytes of all files and of the label table."""
+        return index.digest(self._entries, self._labels)
+
+    def _table(self, labels: Path, *, label: bool, by_file: bool) -> Rows:
+        rows = Rows(read_table(labels, self._source.columns, image=True, label=label), by_file=by_file)
+        rows.files(self._paths)
+        return rows
+
+    def _mask_files(self, rows: Rows | None) -> set[str]:
+        """The files that are somebody's mask, so that none is taken for an image."""
+        found = set()
+        for row in rows.every() if rows else ():
+            with contextlib.suppress(Unusable):  # told where its image is judged
+                found |= {inside(self._root, row.mask)} if row.mask else set()
+        return found
+
+    def _named_mask(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The mask that the table names for an image, or (); raises `Unusable`."""
+        named = {row.mask for row in rows if row.mask}
+        if len(named) > 1:
+            raise Unusable(Reason.LABELS, "two masks")
+        try:
+            return tuple(inside(self._root, name) for name in named)
+        except Unusable as bad:
+            raise Unusable(Reason.NO_MASK if bad.reason is Reason.NO_FILE else bad.reason, "the mask") from None
+
+
+class ImageFolder(Folder):
+    """`Reader` of a folder of NIfTI, PNG or JPEG files."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._masks = source.masks.resolve() if source.masks else None
+        self.opener = FileOpener(self._root, source.kind, dict(source.classes))
+
     def survey(self, tick: Tick, store: Path | None = None, processes: int | None = None) -> None:
         """Reads the headers that the index file `store` does not know yet."""
         kind = self._source.kind
         self._entries = index.examined(self._root, self._paths, _EXAMINE[kind], store, kind, tick, processes)
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 over the names and bytes of all files and of the label table."""
-        return index.digest(self._entries, self._labels)
 
     def words(self) -> set[str]:
         """None: such files have no words of their own."""
@@ -150,21 +181,13 @@ class ImageFolder:
                     "Name a label table (CSV): this study learns classes, and the source brings only masks.",
                 )
             return None
-        table = read_table(self._labels, self._source.columns, image=True, label=wanted.target is not Target.MASK)
-        rows = Rows(table, by_file=True)
-        rows.files(self._paths)
-        return rows
+        return self._table(self._labels, label=wanted.target is not Target.MASK, by_file=True)
 
     def _mask_files(self, rows: Rows | None) -> set[str]:
-        found = set()
+        found = super()._mask_files(rows)
         if self._masks is not None:
             below = self._masks.relative_to(self._root).as_posix()
             found |= {path for path in self._paths if path.startswith(f"{below}/")}
-        for row in rows.every() if rows else ():
-            try:
-                found |= {inside(self._root, row.mask)} if row.mask else set()
-            except Unusable:
-                continue  # told where its image is judged
         return found
 
     def _judge(self, entry: Entry, rows: Rows | None, wanted: Wanted) -> Record:
@@ -189,14 +212,9 @@ class ImageFolder:
         )
 
     def _masks_of(self, path: str, rows: Sequence[Row]) -> tuple[str, ...]:
-        named = {row.mask for row in rows if row.mask}
-        if len(named) > 1:
-            raise Unusable(Reason.LABELS, "two masks")
+        named = self._named_mask(rows)
         if named:
-            try:
-                return (inside(self._root, named.pop()),)
-            except Unusable as bad:
-                raise Unusable(Reason.NO_MASK if bad.reason is Reason.NO_FILE else bad.reason, "the mask") from None
+            return named
         if self._masks is not None:
             stem = PurePosixPath(path).name.split(".")[0]
             same = [

@@ -41,10 +41,12 @@ class Classification:
     Attributes:
         classes: their names; a target is an index into them.
         batch_size: the study's batch size, the fixed denominator of the loss.
+        noised: whether the sums will carry noise.
     """
 
     classes: tuple[str, ...]
     batch_size: int
+    noised: bool = False
     primary: str = "auroc"
     target: Literal["class"] = TARGET
 
@@ -71,7 +73,7 @@ class Classification:
 
     @property
     def _bins(self) -> int:
-        return common.bins_for(len(self._found))
+        return common.bins_for(len(self._found), noised=self.noised)
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each image: float32 [n] from raw scores [n, K] and class indices int64 [n]."""
@@ -190,7 +192,7 @@ class Classification:
 def create(spec: Mapping[str, Any]) -> Classification:
     """The task of a specification that `problems` found nothing wrong with."""
     batch_size = spec.get("optimiser", {}).get("batch_size", 32)
-    return Classification(tuple(spec["task"]["classes"]), batch_size)
+    return Classification(tuple(spec["task"]["classes"]), batch_size, noised=common.noised(spec))
 
 
 def problems(section: Mapping[str, Any]) -> list[Problem]:

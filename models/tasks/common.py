@@ -14,6 +14,7 @@ from models.intervals import Interval
 from models.statistics import BINS, GROUPS, Floats
 
 NO_IMAGE = "no image was scored"
+NOISED_BINS = 32
 LEADING: list[tuple[str, int]] = [("examples", 1), ("invalid", 1), ("loss", 1)]
 """How every layout begins: images of the side, those without a finite score, sum of the other images' terms."""
 
@@ -48,9 +49,19 @@ def keep(found: dict[str, float], missing: dict[str, str], name: str, values: Se
         missing[name] = why
 
 
-def bins_for(findings: int) -> int:
-    """Bins of each histogram, so that all together stay at a few thousand numbers up to 40 findings."""
+def bins_for(findings: int, *, noised: bool = False) -> int:
+    """Bins of each histogram, so that all together stay at a few thousand numbers up to 40 findings.
+
+    With noise on every bin carries its own, and few bins are read more exactly than many.
+    """
+    if noised:
+        return NOISED_BINS
     return BINS if findings == 1 else max(50, 2 * BINS // findings)
+
+
+def noised(spec: Mapping[str, Any]) -> bool:
+    """Whether a specification asks for noise."""
+    return str(spec.get("privacy", {}).get("mode", "none")) != "none"
 
 
 def finding_layout(name: str, bins: int) -> list[tuple[str, int]]:

@@ -40,10 +40,12 @@ class MultiLabel:
     Attributes:
         classes: names of the findings.
         batch_size: the study's batch size, the fixed denominator of the loss.
+        noised: whether the sums will carry noise.
     """
 
     classes: tuple[str, ...]
     batch_size: int
+    noised: bool = False
     primary: str = "auroc"
     target: Literal["labels"] = TARGET
 
@@ -51,9 +53,7 @@ class MultiLabel:
     def layout(self) -> list[tuple[str, int]]:
         """Names and sizes of the statistics in the order of the vector."""
         findings = [
-            entry
-            for name in self.classes
-            for entry in ((f"{name}:table", 4), *common.finding_layout(name, common.bins_for(len(self.classes))))
+            entry for name in self.classes for entry in ((f"{name}:table", 4), *common.finding_layout(name, self._bins))
         ]
         return [*common.LEADING, ("exact", 1), *findings]
 
@@ -61,6 +61,10 @@ class MultiLabel:
     def size(self) -> int:
         """Numbers in a statistics vector."""
         return sum(size for _, size in self.layout)
+
+    @property
+    def _bins(self) -> int:
+        return common.bins_for(len(self.classes), noised=self.noised)
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each image, the mean over all K findings: float32 [n] from raw scores [n, K]."""
@@ -111,7 +115,7 @@ class MultiLabel:
             finding, marked, margin = truth[rows, index] == 1, told[rows, index], values[rows, index]
             hits = np.count_nonzero(finding & marked), np.count_nonzero(~finding & marked)
             pieces.append([finding.sum() - hits[0], hits[0], (~finding).sum() - hits[1], hits[1]])
-            pieces += common.finding_sums(margin, finding, common.bins_for(len(self.classes)))
+            pieces += common.finding_sums(margin, finding, self._bins)
         return common.vector(pieces)
 
     def metrics(self, statistics: NDArray[Any]) -> dict[str, float]:
@@ -183,7 +187,8 @@ def _share(part: float, rest: float) -> float | None:
 
 def create(spec: Mapping[str, Any]) -> MultiLabel:
     """The task of a specification that `problems` found nothing wrong with."""
-    return MultiLabel(tuple(spec["task"]["classes"]), spec.get("optimiser", {}).get("batch_size", 32))
+    batch_size = spec.get("optimiser", {}).get("batch_size", 32)
+    return MultiLabel(tuple(spec["task"]["classes"]), batch_size, noised=common.noised(spec))
 
 
 def problems(section: Mapping[str, Any]) -> list[Problem]:

@@ -149,11 +149,15 @@ class Opened:
 
     def norm(self) -> float:
         """‖Σ a·u‖₂ of the summed update, which no honest set of sites can bring above Σa · C (and the grid's error)."""
+        return self.whole_norm() * self.plan.grid
+
+    def whole_norm(self) -> float:
+        """The L2 norm of the summed update in grid steps."""
         total = 0.0
         for start in range(0, self.size, BLOCK):
             block = self.words[start : min(start + BLOCK, self.size)].view(np.int32).astype(np.float64)
             total += float(np.dot(block, block))
-        return math.sqrt(total) * self.plan.grid
+        return math.sqrt(total)
 
 
 def decode(plan: Plan, summed: Words, sites: int) -> Opened:

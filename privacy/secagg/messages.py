@@ -15,12 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from privacy.canonical import canonical, digest
+from privacy.entries import Hex
 from privacy.errors import Refusal, RefusalCode
 from privacy.identity import Document, Identity
 from privacy.roster import SiteName
 from privacy.secagg.keys import CIPHERTEXT_BYTES, KEM_BYTES, TAG_BYTES, info
 from privacy.secagg.shamir import SHARE_BYTES
-from privacy.study import MOST_SITES, Hex
+from privacy.study import MOST_SITES
 
 DIGEST_BYTES = 32
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]

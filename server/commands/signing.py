@@ -1,10 +1,12 @@
-"""What happens when a study is signed? Its hospitals are checked, its first weights fixed, the registry keeps it."""
+"""What happens when a study is signed? Its hospitals and its promise are checked, its first weights fixed and kept."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
 
+from models import bounds, tasks
+from privacy import mechanisms
 from privacy.errors import ConsiliumError
 from privacy.identity import Identity
 from privacy.roster import Roster
@@ -12,6 +14,7 @@ from privacy.study import Study
 from privacy.terminal import out
 from server.records import StudyRecord
 from server.registry import Registry
+from server.second_opinion import check
 
 
 def active(roster: Roster) -> list[str]:
@@ -53,11 +56,15 @@ def sign_study(registry: Registry, identity: Identity, draft: Study, initial: Pa
             with [transfer] adds to them, and last layers for another question, start fresh from the seed.
 
     Raises:
-        ConsiliumError: the weights do not fit, or a study of that name is going on.
+        ConsiliumError: the weights do not fit, a study of that name is going on, two accountants disagree about what
+            the draft promises its patients, or no grid holds its noise.
     """
     from models import weights  # torch: seconds to load, and needed here only
 
     spec = draft.spec()
+    if draft.privacy.mode != "none":
+        with out().status("Asking a second accountant what it promises (a minute, for 100 000 steps) …"):
+            check(draft)
     with out().status("Making the weights it starts from …"):
         if initial is None:
             state = registry.blobs.put(weights.initial_state(spec, draft.initial.seed))
@@ -71,6 +78,10 @@ def sign_study(registry: Registry, identity: Identity, draft: Study, initial: Pa
             f"{draft.initial.sha256[:16]} in the draft, {state[:16]} here",
             "Leave `sha256` out of [initial], or name the right file with --initial.",
         )
+    if draft.privacy.mode != "none":
+        reach = bounds.of(task := tasks.get(spec)).reach
+        mechanisms.training(draft, registry.blobs.size(flat) // 4)
+        mechanisms.evaluation(draft, task.size, reach)
     study = draft.model_copy(update={"initial": draft.initial.model_copy(update={"sha256": state})})
     return registry.add_study(study.document().signed_by(identity), state, flat)
 

@@ -17,10 +17,12 @@ from privacy.study_text import explain, template
 from privacy.terminal import out, show_error, table, warn
 from server import console as view
 from server.commands.common import Follow, Force, Yes, confirm, group, home_of, open_registry, read_text, write_new
+from server.commands.planning import plan
 from server.commands.signing import active, check_sites, sign_study
 from server.guards import is_serving
 from server.records import State, StudyRecord
 from server.registry import Registry
+from server.spending import Spending, has_noise
 
 app = group("Draft a study, sign it, launch it, watch it, and steer it.")
 
@@ -91,6 +93,9 @@ def show(
         show_error(problem)
     if problems:
         raise typer.Exit(1)
+
+
+app.command("plan")(plan)
 
 
 @app.command("sign")
@@ -206,6 +211,24 @@ def stop(context: typer.Context, name: Name, yes: Yes = False) -> None:
     out().print(f"{record.name}: stop asked for." if record.request else f"{record.name} is {record.state.value}.")
 
 
+@app.command("abort")
+def abort(context: typer.Context, name: Name, yes: Yes = False) -> None:
+    """Give a study with noise up for good. The ledger says so, and neither `launch` nor `resume` begins it again.
+
+    The coordinator runs it on a study that is stopped or paused and is not to go on. What left the hospitals was
+    charged there, and what they reserved for the study is not given back by this. A study that may go on later is
+    paused or stopped instead.
+
+    Example: `consilium-coordinator study abort chest`
+    """
+    with open_registry(context) as registry:
+        record = registry.study(name)
+        if not yes and has_noise(record.study):
+            confirm(f"Give up {record.name} for good? It can never run again.", record.name)
+        record = registry.abort(name)
+    out().print(f"{record.name} is aborted for good. A further study is drafted anew and reserves a budget of its own.")
+
+
 @app.command("status")
 def status(
     context: typer.Context,
@@ -214,16 +237,24 @@ def status(
     rounds: Annotated[
         bool, typer.Option("--rounds", help="Also list every round, and who was not in it and why.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Also draw epsilon over the slots into this file.")
+    ] = None,
 ) -> None:
     """Show how studies stand: per hospital and round, who is in, late or refused, and why.
 
-    Anybody with access to the coordinator's folder may run it; it disturbs nothing.
+    Anybody with access to the coordinator's folder may run it; it disturbs nothing. Of a study with noise it also says
+    how many slots are used, what that has cost a patient so far and at the end, and what the ledger holds.
 
     Example: `consilium-coordinator study status chest --follow`
+
+    Example: `consilium-coordinator study status chest --plot budget.png`
     """
     console = out()
     with open_registry(context) as registry:
         if name is None:
+            if plot is not None:
+                raise ConsiliumError("Which study is to be drawn?", str(plot), "Name one study with --plot.")
             records = registry.studies()
             if not records:
                 console.print("No study is signed yet. `consilium-coordinator study new NAME` drafts one.")
@@ -238,6 +269,9 @@ def status(
         if rounds:
             console.print()
             console.print(view.rounds_table(registry, record.hash))
+        if plot is not None:
+            Spending.of(record.study, registry.course(record.hash).slots()).draw(plot)
+            console.print(f"\nThe picture is in {escape(str(plot))}.")
 
 
 @app.command("accept")

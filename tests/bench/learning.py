@@ -10,7 +10,7 @@ is there is not repeated, so the bench may be broken off and started again.
 
 Differences are paired: both models of one seed start from the same weights, see the same split, and draw alike. Their
 interval is Student's over the seeds; the interval of a figure itself is that of its test images (`models.intervals`),
-its ends averaged over the seeds.
+its ends averaged over the seeds. A set is shown as soon as its first seed is complete, with the seeds that are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from client import training
 from client.imaging import Membership, Source, load
@@ -39,6 +41,10 @@ from tests.bench.table import FOLDER, Line, show
 
 ROOT = FOLDER / "learning"
 TOGETHER, IN_ONE_PLACE = "federated", "pooled"
+HEAD = (
+    "| set | seeds | alone, each | mean | together | pooled (95 %) | together − alone | together − pooled | goals |",
+    f"|{'---|' * 9}",
+)
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t for so many seeds."""
 
@@ -102,20 +108,23 @@ def measure(name: str, seeds: int) -> None:
                 "own": {site: task.metrics(found) for site, found in sums.items()},
             }
             _file(name, arm, seed).write_text(json.dumps(record, indent=1) + "\n")
-            figure = record["metrics"][task.primary]
+            figure = task.metrics(whole)[task.primary]
             print(f"{name}, seed {seed}, {arm}: {task.primary} {figure:.4f} in {record['seconds']} s", flush=True)
 
 
 def figures(name: str, seeds: int) -> Figures | None:
-    """What was measured of a set; None while something is missing."""
+    """What was measured of a set, up to the first seed that is not complete; None when that is seed 1."""
     bench = SETS[name]
     sites = bench.hospitals(ROOT / "data" / name)
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in range(1, seeds + 1):
-        for arm, plan in plans(study(bench, sites, seed), sites).items():
-            if not _done(name, arm, seed, plan):
-                return None
+        arms_of_seed = plans(study(bench, sites, seed), sites)
+        if not all(_done(name, arm, seed, plan) for arm, plan in arms_of_seed.items()):
+            break
+        for arm in arms_of_seed:
             found.setdefault(arm, []).append(json.loads(_file(name, arm, seed).read_text()))
+    if not found:
+        return None
     points = {arm: [100 * record["metrics"][record["primary"]] for record in records] for arm, records in found.items()}
     ends = [record["intervals"][record["primary"]] for record in found[IN_ONE_PLACE]]
     return Figures(
@@ -129,24 +138,23 @@ def figures(name: str, seeds: int) -> Figures | None:
 
 def lines(name: str, found: Figures) -> list[Line]:
     """A set in the table: the figures, and the two gaps that have a goal."""
-    bench, seeds = SETS[name], len(found.federated)
+    bench = SETS[name]
     metric = "AUROC" if '"classification"' in bench.plan else "Dice"
     federated, pooled, alone = (statistics.fmean(v) for v in (found.federated, found.pooled, found.alone))
     gap, room = paired(found.pooled, found.federated)
     gain, space = paired(found.alone, found.federated)
     allowed = max(bench.margin, pooled - found.low)
-    beside = {"alone, mean": alone, "pooled": pooled}
-    interval = f"pooled from {found.low:.1f} to {found.high:.1f}, or {bench.margin:g}"
+    beside = {"alone, mean": alone, "pooled": pooled, "from": found.low, "to": found.high}
+    interval = f"within pooled's interval or {bench.margin:g}"
     made = [
-        Line(f"{name}: federated {metric}, {seeds} seeds", "points", federated, beside),
+        Line(f"{name}: federated {metric}, {_seeds(found)}", "points", federated, beside),
         Line(f"  pooled above federated{_give(room)}", "points", gap, {}, allowed, interval),
-        Line(f"  alone above federated{_give(space)}", "points", gain, {}, 0.0, "above the mean alone"),
+        Line(f"  mean alone above federated{_give(space)}", "points", gain, {}, 0.0, "above the mean alone"),
     ]
     if bench.published:
-        made += [
-            Line(f"  {bench.published} published, above {which}", "points", bench.published - value, {}, 0.0, "reached")
-            for which, value in (("federated", federated), ("pooled", pooled))
-        ]
+        for which, value in ((TOGETHER, federated), (IN_ONE_PLACE, pooled)):
+            rule = f"{which} ≥ {bench.published}"
+            made.append(Line(f"  published, above {which}", "points", bench.published - value, {}, 0.0, rule))
     return made
 
 
@@ -157,6 +165,11 @@ def paired(first: Sequence[float], second: Sequence[float]) -> tuple[float, floa
         return statistics.fmean(differences), math.nan
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     return statistics.fmean(differences), STUDENT[len(differences)] * error
+
+
+def _seeds(found: Figures) -> str:
+    count = len(found.federated)
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def _give(half: float) -> str:
@@ -186,15 +199,54 @@ def waiting(name: str, steps: int = 30) -> Line:
 
 
 def picture(all_found: dict[str, Figures], path: Path) -> None:
-    """All sets in one plot: each hospital alone, together, pooled."""
-    rows = {}
-    for name, found in all_found.items():
-        rows[name] = {
-            "alone, mean": statistics.fmean(found.alone) / 100,
-            "federated": statistics.fmean(found.federated) / 100,
-            "pooled": statistics.fmean(found.pooled) / 100,
-        }
-    plots.comparison(rows, path, "AUROC or Dice")
+    """All sets in one plot: on the left the figures, on the right the paired differences with their intervals."""
+    figure = Figure(figsize=(11.0, 1.8 + 0.55 * len(all_found)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for row, found in enumerate(all_found.values()):
+        each = [statistics.fmean(values) for values in found.local.values()]
+        said = row == 0  # the legend names everything once
+        left.plot([found.low, found.high], [row, row], color=plots.FAINT, linewidth=9, zorder=1)
+        for values, colour, marker, label in (
+            (each, plots.GREEN, "^", "one hospital alone"),
+            ([statistics.fmean(found.pooled)], plots.VERMILION, "s", "pooled, with its interval"),
+            ([statistics.fmean(found.federated)], plots.BLUE, "o", "federated"),
+        ):
+            left.scatter(values, [row] * len(values), 42, colour, marker, label=label if said else None, zorder=2)
+        for other, colour, marker, label, shift in (
+            (found.alone, plots.GREEN, "^", "federated − mean alone", -0.14),
+            (found.pooled, plots.VERMILION, "s", "federated − pooled", 0.14),
+        ):
+            mean, half = paired(found.federated, other)
+            ends = half if math.isfinite(half) else 0.0
+            name = label if said else None
+            right.errorbar(mean, row + shift, xerr=ends, color=colour, marker=marker, capsize=3, label=name)
+    right.axvline(0.0, color=plots.INK, linewidth=0.8)
+    left.set_yticks(range(len(all_found)), [f"{n}, {_seeds(f)}" for n, f in all_found.items()])
+    left.invert_yaxis()
+    left.set(xlabel="AUROC or Dice, points", title="On the test images of all hospitals")
+    right.set(xlabel="points; whiskers: 95 % over the seeds", title="Paired differences")
+    for axes in (left, right):
+        axes.legend(loc="best", fontsize=8)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=160)
+
+
+def markdown(name: str, found: Figures) -> str:
+    """A set as a row of the table in docs/benchmarks.md."""
+    mean = statistics.fmean
+    each = " · ".join(f"{mean(values):.1f}" for values in found.local.values())
+    gain, gap = paired(found.federated, found.alone), paired(found.federated, found.pooled)
+    cells = [
+        name,
+        str(len(found.federated)),
+        each,
+        f"{mean(found.alone):.1f}",
+        f"**{mean(found.federated):.1f}**",
+        f"{mean(found.pooled):.1f} ({found.low:.1f}–{found.high:.1f})",
+        *(f"{difference:+.1f}{_give(half)}".replace(",", "") for difference, half in (gain, gap)),
+        "; ".join(f"{line.rule}: {'met' if line.met else 'missed'}" for line in lines(name, found) if line.rule),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _file(name: str, arm: str, seed: int) -> Path:
@@ -238,7 +290,9 @@ def main() -> None:
     show("learning", "Alone, together, pooled", table, notes)
     if found:
         picture(found, FOLDER / "learning.png")
-        print(f"  {FOLDER / 'learning.png'}")
+        rows = [markdown(name, one) for name, one in found.items()]
+        (FOLDER / "learning.md").write_text("\n".join([*HEAD, *rows]) + "\n", encoding="utf-8")
+        print(f"  {FOLDER / 'learning.png'}\n  {FOLDER / 'learning.md'}")
 
 
 if __name__ == "__main__":

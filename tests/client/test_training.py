@@ -25,7 +25,7 @@ SPEC: dict[str, Any] = {
     "input": {"channels": 1, "size": [8, 8]},
     "optimiser": {"batch_size": 8},
 }
-PLAN = Plan("sgd", 0.05, 0.0, 0.0, 8, cosine=False, local_steps=5, rounds=4, proximal_mu=0.0)
+PLAN = Plan("sgd", 0.05, 0.0, 0.0, 8, schedule="constant", local_steps=5, rounds=4, proximal_mu=0.0)
 
 
 def cohort(count: int = 30, training: int = 20) -> Cohort:
@@ -125,13 +125,13 @@ def test_a_batch_is_never_short_and_every_image_comes_once_before_any_comes_agai
 
 
 def test_the_cosine_spans_all_rounds() -> None:
-    plan = replace(PLAN, cosine=True, learning_rate=1.0, local_steps=10, rounds=2)
+    plan = replace(PLAN, schedule="cosine", learning_rate=1.0, local_steps=10, rounds=2)
     rates = [plan.rate(number, i) for number in (1, 2) for i in range(10)]
     assert rates[0] == 1.0
     assert rates[10] == pytest.approx(0.5)
     assert rates == sorted(rates, reverse=True)
     assert plan.rate(3, 0) == pytest.approx(0.0), "a round beyond the plan trains on nothing"
-    assert replace(plan, cosine=False).rate(2, 9) == 1.0
+    assert replace(plan, schedule="constant").rate(2, 9) == 1.0
 
 
 def test_fedprox_holds_the_model_near_the_received_one(network: torch.nn.Module) -> None:
@@ -207,4 +207,6 @@ optimiser = { name = "sgd", learning_rate = 0.5, momentum = 0.9, schedule = "cos
 aggregation = { strategy = "fedprox", proximal_mu = 0.01 }
 rounds = { count = 7, local_steps = 3 }
 """)
-    assert Plan.of(study) == Plan("sgd", 0.5, 0.9, 0.0, 32, cosine=True, local_steps=3, rounds=7, proximal_mu=0.01)
+    assert Plan.of(study) == Plan(
+        "sgd", 0.5, 0.9, 0.0, 32, schedule="cosine", local_steps=3, rounds=7, proximal_mu=0.01
+    )

@@ -22,6 +22,9 @@ from privacy.roster import Consortium, Enrolment, Roster, enrol, expiry, revoke
 from privacy.study import Study, approval
 from privacy.study_text import template
 from privacy.terminal import os_error, run, table
+from server.ledger import Ledger
+from tests.privacy import ledger_kit as kit
+from tests.privacy.grant_kit import study as noised
 
 NOW = datetime.now(UTC)
 
@@ -214,6 +217,114 @@ def test_a_changed_or_missing_journal_line_is_found(
     code, _, err = verify(capsys, "journal.jsonl")
     assert code == 1
     assert "The journal was changed" in err
+
+
+# ---- the consortium's ledger -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of three slots as a coordinator exports it, cosigned by four of five sites; and the papers to it."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(f"sqlite:///{tmp_path / 'ledger.db'}", kit.CONSORTIUM) as books:
+        books.append(kit.course(3))
+        size = books.checkpoint(kit.COORDINATOR).checkpoint.size
+        for name in kit.NAMES[:4]:
+            line = kit.witness(name).cosign(kit.SITES[name], books.proposal(name, 0), kit.NOW)[1]
+            books.add_cosignature(size, name, line, kit.SITES[name].public)
+        assert books.export(path) == 16
+    kit.ROSTER.signed(kit.COORDINATOR).write(tmp_path / "roster.json")
+    noised().document().signed_by(kit.COORDINATOR).write(tmp_path / "study.json")
+    consortium = Consortium(
+        name=kit.CONSORTIUM, coordinator=kit.COORDINATOR.public, superlink="fl.example.org:8443", ca="none"
+    )
+    consortium.signed(kit.COORDINATOR).write(tmp_path / "consortium.json")
+    return path
+
+
+def test_a_ledger_is_checked_against_the_roster(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["ledger.jsonl", "study.json", "roster.json", "consortium.json"]
+    code, out, err = verify(capsys, *names)
+    assert (code, err) == (0, "")
+    assert "all 16 entries are under that head" in out
+    assert "4 of 5 sites cosigned it, 4 are needed against 1 that collude" in out
+    assert "coordinator's key according to the consortium file" in out
+    assert "3 of 40 slots signed; it is still open" in out
+    assert "is assumed" not in out
+    assert "why these sites have not cosigned this head: st-emma" in out
+    assert verify(capsys, *reversed(names))[0] == 0
+
+
+def test_what_a_ledger_and_a_roster_cannot_settle_is_said(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = verify(capsys, "ledger.jsonl", "roster.json")
+    assert code == 0
+    assert "how many sites may collude: 1 is assumed" in out
+    assert "whose key that is" in out
+
+
+def test_the_study_says_how_many_may_collude(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = noised().document().body
+    body["secagg"] |= {"colluding": 2, "threshold": 4}
+    body["aggregation"] |= {"minimum_sites": 4}
+    study = Study.from_body(body)
+    study.document().signed_by(kit.COORDINATOR).write(ledger.parent / "study.json")
+    assert "4 are needed against 2" in verify(capsys, "ledger.jsonl", "roster.json", "study.json")[1]
+    body["sites"] = ["st-anna", "st-bona", "st-cara", "st-dora", "st-emma"]
+    body["secagg"] |= {"colluding": 3, "threshold": 5}
+    body["aggregation"] |= {"minimum_sites": 5}
+    Study.from_body(body).document().signed_by(kit.COORDINATOR).write(ledger.parent / "study.json")
+    code, _, err = verify(capsys, "ledger.jsonl", "roster.json", "study.json")
+    assert code == 1
+    assert "Too few sites have cosigned the head" in err
+
+
+def test_a_ledger_without_a_roster_is_not_believed(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for pinned in ([], ["--coordinator", fingerprint(kit.COORDINATOR.public)]):
+        code, out, err = verify(capsys, "ledger.jsonl", "consortium.json", *pinned)
+        assert code == 1
+        assert "ledger.jsonl: cannot be trusted" in out
+        assert "→ Give the coordinator's roster" in err
+
+
+def test_a_ledger_is_not_tied_to_a_roster_of_another_coordinator(
+    ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stranger = kit.identity("stranger")
+    other = kit.ROSTER.model_copy(update={"coordinator": stranger.public})
+    other.signed(stranger).write(ledger.parent / "roster.json")
+    assert verify(capsys, "ledger.jsonl", "roster.json")[0] == 1
+    code, _, err = verify(capsys, "ledger.jsonl", "roster.json", "consortium.json")
+    assert code == 1
+    assert "Another key signed this" in err
+
+
+def test_one_key_for_two_sites_is_no_second_witness(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = kit.roster(version=6, st_berta=kit.SITES["st-anna"].public)
+    twice.signed(kit.COORDINATOR).write(ledger.parent / "roster.json")
+    code, _, err = verify(capsys, "ledger.jsonl", "roster.json")
+    assert code == 1
+    assert "one key for two sites" in err
+
+
+@pytest.mark.parametrize("change", ["slot", "removed", "added", "cut", "head", "first", "order"])
+def test_a_tampered_ledger_is_found(ledger: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    changed = {
+        "slot": [*lines[:1], lines[1].replace(b'"slots":40', b'"slots":99'), *lines[2:]],
+        "removed": [*lines[:5], *lines[6:]],
+        "added": [*lines, kit.step("st-anna", 4).data + b"\n"],
+        "cut": lines[:-2],
+        "head": [lines[0].replace(b'"size":16', b'"size":15'), *lines[1:]],
+        "first": [b'{"ledger":1}\n', *lines[1:]],
+        "order": [*lines[:2], lines[3], lines[2], *lines[4:]],
+    }[change]
+    assert changed != lines
+    ledger.write_bytes(b"".join(changed))
+    code, out, err = verify(capsys, "ledger.jsonl", "roster.json", "study.json", "consortium.json")
+    assert code == 1
+    assert "ledger.jsonl: cannot be trusted" in out
+    assert err.count("→") == 1
 
 
 def test_welcome_names_the_three_people(capsys: pytest.CaptureFixture[str]) -> None:

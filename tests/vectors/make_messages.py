@@ -109,6 +109,8 @@ def bad() -> list[dict]:
         ("upper-case-signature", text.replace(good.signatures[0].value, upper), "malformed"),
         ("unknown-field", resigned(command="sh"), "malformed"),
         ("missing-field", without("cohort"), "malformed"),
+        ("default-left-out", without("parameters"), "malformed"),
+        ("protocol-left-out", without("protocol"), "malformed"),
         ("protocol-1", resigned(protocol=1), "malformed"),
         ("slot-as-text", resigned(slot="3"), "malformed"),
         ("slot-as-truth", resigned(slot=True), "malformed"),
@@ -134,6 +136,11 @@ def bad() -> list[dict]:
     ]:
         data = Document("answer", {**body, **change}).signed_by(SITE).encode().decode()
         rows.append({"name": f"answer-{name}", "kind": "answer", "signer": SITE.public, "code": code, "bytes": data})
+    for key in ("code", "payload_bytes", "detail"):
+        short = {name: value for name, value in body.items() if name != key}
+        data = Document("answer", short).signed_by(SITE).encode().decode()
+        row = {"name": f"answer-{key.replace('_', '-')}-left-out", "kind": "answer", "signer": SITE.public}
+        rows.append({**row, "code": "malformed", "bytes": data})
     forged = Document("answer", body).signed_by(COORDINATOR).encode().decode()
     empty = canonical({"kind": "answer", "body": {}, "signatures": []}).decode()
     nested = empty.replace("{}", '{"a":' * 99 + "1" + "}" * 99)

@@ -1,0 +1,177 @@
+"""What does the consortium's log learn of a study with noise? Reserve, every release, and the end; and who has seen it.
+
+RESERVE stands before the first slot, with every site's grant. A release is written down when a site's answer brings it,
+which is before its vector counts. Every `EVERY` slots the sites are asked to cosign a new head; what is not cosigned is
+asked for again, and a site that finds its own releases missing stops by itself (RULES B7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+from privacy import accounting
+from privacy.canonical import digest, sha256
+from privacy.checkpoint import NoteSignature, witnesses_of
+from privacy.errors import Refusal, RefusalCode
+from privacy.grants import Claims
+from privacy.identity import Identity
+from privacy.ledger import Abort, Commit, Leaf, Reason, Reserve
+from privacy.ledger_codes import LedgerRefusal
+from server.attempt import LOST_PAUSE
+from server.desk import Call, Desk, Said
+from server.ledger import Ledger
+from server.members import Members
+from server.records import StudyRecord
+
+EVERY = 10
+"""Slots between two heads that the sites are asked to cosign."""
+PATIENCE_SECONDS = 60
+STEPS = "steps"
+
+
+class Books:
+    """The log, as one run of one study writes it."""
+
+    def __init__(self, ledger: Ledger, record: StudyRecord, identity: Identity, desk: Desk) -> None:
+        self._ledger, self._record, self._identity, self._desk = ledger, record, identity, desk
+        self._since: dict[str, int] = {}  # what a site cosigned last; it says so itself when it is asked first
+        self._witnessed = 0
+
+    def begin(self, members: Members, obey: Callable[[], None]) -> None:
+        """Before the first slot: open the session at every site, and write RESERVE with the grants they name."""
+        if (account := self._ledger.account(self._record.hash)) is not None:
+            members.reserved = frozenset(account.reserve.grants)
+            return
+
+        def wanted() -> dict[str, Call]:
+            calls = {site: members.preparation(site) for site in members.ready()}
+            return {site: call for site, call in calls.items() if call is not None}
+
+        refused: set[str] = set()
+
+        def hear(said: Said) -> float:
+            if members.hear(said) and not said.lost:
+                refused.add(said.site)
+            return LOST_PAUSE
+
+        self._desk.canvass(wanted, hear, lambda: set(wanted()) <= refused, PATIENCE_SECONDS, obey)
+        if members.grants:
+            self.reserve(members.grants)
+            members.reserved = frozenset(members.grants)
+
+    def reserve(self, grants: Mapping[str, str]) -> None:
+        """Write the whole plan down, once, with the digest of each site's grant."""
+        study = self._record.study
+        claims = Claims.of(study)
+        events = {
+            role: [str(event.noise_multiplier), str(event.sampling_rate), event.count]
+            for role, event in accounting.events(study, 1).items()
+        }
+        reserve = Reserve(
+            study=self._record.hash,
+            plan=digest("ledger/plan", events),
+            slots=study.slots,
+            grants=dict(grants),
+            epsilon_aggregate=_plain(claims.epsilon),
+            epsilon_broken=_plain(claims.cap),
+            delta=study.privacy.delta,
+        )
+        self._ledger.append([Leaf.of(reserve)])
+
+    def hear(self, said: Said) -> None:
+        """Write down the releases that an answer brings, before its vector is used.
+
+        Raises:
+            Refusal: LEDGER when there is none, or one that is not the site's next; BAD_SIGNATURE.
+        """
+        assert said.answer is not None
+        key, lines = self._desk.roster.site(said.site).identity, said.answer.detail.get(STEPS, "").splitlines()
+        try:
+            for line in lines:
+                self._ledger.take(line.encode(), [key])
+        except LedgerRefusal as refusal:
+            raise Refusal(RefusalCode.LEDGER, said.site) from refusal
+        if not lines:
+            raise Refusal(RefusalCode.LEDGER, said.site)
+
+    def witness(self, sites: set[str], slot: int, obey: Callable[[], None], *, now: bool = False) -> int:
+        """Ask the sites to cosign a new head, when it is time; returns how many did.
+
+        Args:
+            sites: who is asked.
+            now: whether it is time, whatever the slot.
+        """
+        if not now and slot - self._witnessed < EVERY:
+            return 0
+        self._witnessed = slot
+        note = self._ledger.checkpoint(self._identity)
+        todo, signed, calls = set(sites), set[str](), dict[str, Call]()
+
+        def wanted() -> dict[str, Call]:
+            for site in todo - set(calls):
+                calls[site] = self._call(site)
+            return {site: calls[site] for site in todo}
+
+        def hear(said: Said) -> float:
+            if said.lost:
+                return LOST_PAUSE
+            if said.answer is None or said.answer.status == "refused" or said.site not in todo:
+                todo.discard(said.site)
+                return 0.0
+            if "size" in said.answer.detail and said.site not in self._since:
+                self._since[said.site] = int(said.answer.detail["size"])
+                del calls[said.site]
+                return 0.0
+            todo.discard(said.site)
+            if self._cosigned(said, note.checkpoint.size):
+                signed.add(said.site)
+            return 0.0
+
+        self._desk.canvass(wanted, hear, lambda: all(self._desk.lost(s) for s in todo), PATIENCE_SECONDS, obey)
+        return len(signed)
+
+    def believed(self) -> int:
+        """How many entries stand under the newest head that enough sites have cosigned (RULES B7)."""
+        note = self._ledger.valid_note(
+            self._identity.public, witnesses_of(self._desk.roster), self._record.study.secagg.colluding
+        )
+        return note.checkpoint.size if note is not None else 0
+
+    def commit(self) -> None:
+        """The study is done: no slot above the last one was or will be served."""
+        account = self._ledger.account(self._record.hash)
+        if account is not None and account.open:
+            self._ledger.append([Leaf.of(Commit(study=self._record.hash, slots_used=account.slots_used))])
+
+    def abort(self, reason: Reason) -> None:
+        """The study is given up for good."""
+        account = self._ledger.account(self._record.hash)
+        if account is not None and account.open:
+            self._ledger.append([Leaf.of(Abort(study=self._record.hash, reason=reason))])
+
+    def _call(self, site: str) -> Call:
+        payload = self._ledger.proposal(site, self._since.get(site, 0)).encode()
+        document = self._desk.sign(
+            "witness",
+            session=self._record.session,
+            cohort=self._record.study.sites,
+            payload=payload,
+            payload_sha256=sha256(payload),
+            seconds=PATIENCE_SECONDS,
+        )
+        return Call.of(document, payload)
+
+    def _cosigned(self, said: Said, size: int) -> bool:
+        assert said.answer is not None
+        try:
+            signature = NoteSignature.read(said.answer.detail.get("cosignature", ""))
+            self._ledger.add_cosignature(size, said.site, signature, self._desk.roster.site(said.site).identity)
+        except (Refusal, LedgerRefusal):
+            return False
+        self._since[said.site] = size
+        return True
+
+
+def _plain(number: Decimal) -> str:
+    return format(number.normalize(), "f")

@@ -1,0 +1,294 @@
+"""What does patient-level privacy cost when the patients are at several hospitals, and how much of it do we win back?
+
+    make bench-privacy
+    .venv/bin/python -m tests.bench.privacy --seeds 1 --show
+
+Real chest X-rays (`CONSILIUM_DATA`, chest_xray_pneumonia), whose patients are known; where they are absent a drawn
+stand-in takes their place, and every table says so. The arms and the one recipe that all of them share stand in
+`privacy_arms.py`. Each arm is run at ε = 2 and ε = 8 (δ = 10⁻⁴, below one in the patients that train) from three first
+weights, and measured on the same test patients: exact AUROC of all pairs, and balanced accuracy at even odds.
+
+A seed fixes the first weights, the same for all arms; samples and noise are the operating system's, as in a hospital,
+so a repeated run differs. ± is half the range over the seeds' runs, of a difference half the range of the paired ones.
+Each run leaves a file below build/bench/privacy/, and a run whose file is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from client import dealing
+from client.imaging import Cohort, Membership, Source, load
+from models import plots
+from privacy.accounting import events
+from privacy.canonical import sha256
+from privacy.claims import epsilon_rdp
+from tests.bench.learning_sets import DATA
+from tests.bench.privacy_arms import (
+    ARMS,
+    CLASSES,
+    DELTA,
+    KEY,
+    LOCAL_STEPS,
+    SPLIT,
+    Arm,
+    Recipe,
+    deal,
+    measure,
+    n8,
+    noise_for,
+    study,
+    train,
+)
+from tests.bench.table import FOLDER, Line, show
+
+ROOT = FOLDER / "privacy"
+REAL, DRAWN = "chest_xray_pneumonia", "drawn stand-in"
+EPSILONS = (2, 8)
+SEEDS = 3
+RECIPE = Recipe()
+CLOSE, NEAR = 0.5, 1.5
+"""Goals in points of AUROC: to pooled training with the noise of RULES N8, and to pooled training with all of σ."""
+PAIRS = {"shared-5": "pooled-noise-of-5", "shared-10": "pooled-noise-of-10"}
+ORDER = ("pooled", "pooled-noise-of-5", "shared-5", "pooled-noise-of-10", "shared-10", "per-site-5", "alone")
+WORDS = {
+    "pooled": "pooled, σ",
+    "pooled-noise-of-5": f"pooled, {n8(5):.2f} σ",
+    "pooled-noise-of-10": f"pooled, {n8(10):.2f} σ",
+    "shared-5": "`shared`, 5 sites",
+    "shared-10": "`shared`, 10 sites",
+    "per-site-5": f"`per-site`, 5 sites, {LOCAL_STEPS} steps a round",
+    "alone": "one of 5 sites alone",
+}
+Record = dict[str, Any]
+Records = dict[tuple[str, int], list[Record]]
+
+
+class Bench:
+    """One set of images, and the runs on it that are done."""
+
+    def __init__(self) -> None:
+        real = DATA / REAL
+        self.name = REAL if real.is_dir() else DRAWN
+        self._folder = ROOT / self.name.replace(" ", "-")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        data = self._folder / "data"
+        if not (data / "all" / dealing.DECLARATION).is_file():
+            dealing.deal(real if real.is_dir() else _drawn(self._folder / "drawn"), data, ("all",))
+        self._source = Source.from_file(data / "all" / dealing.DECLARATION)
+
+    def cohort(self) -> Cohort:
+        """Everybody, split by keyed hash; prepared once, then from the disk."""
+        cache = self._folder / "cache"
+        cache.mkdir(exist_ok=True)
+        spec = study(ARMS["pooled"], RECIPE, "1", 1000).spec()
+        return load(self._source, spec["input"], CLASSES, SPLIT, KEY, cache)
+
+    def run(self, arm: Arm, epsilon: int, seed: int, sigma: Fraction, cohort: Cohort) -> Record:
+        """Train and measure, or read what an earlier run left."""
+        path = self._folder / f"{arm.name}-{epsilon}-{seed}.json"
+        plan = _digest(arm, sigma, sum(map(len, deal(cohort, 1))))
+        if path.is_file():
+            kept: Record = json.loads(path.read_text())
+            if kept["plan"] == plan:
+                return kept
+        begun, busy = time.monotonic(), time.process_time()
+        network, _ = train(arm, RECIPE, sigma, cohort, seed)
+        record: Record = {"plan": plan, **asdict(measure(network, cohort, Membership.TEST))}
+        record |= {"seconds": round(time.monotonic() - begun, 1), "cpu": round(time.process_time() - busy, 1)}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        said = f"AUROC {record['auroc']:.4f} in {record['cpu']:.0f} s of processor"
+        print(f"ε {epsilon}, seed {seed}, {arm.name}: {said}", flush=True)
+        return record
+
+    def known(self, seeds: int, sigmas: dict[int, Fraction], patients: int) -> Records:
+        """Arms and ε of which all these seeds are done."""
+        found: Records = {}
+        for name, arm in ARMS.items():
+            for epsilon in EPSILONS:
+                paths = [self._folder / f"{name}-{epsilon}-{seed}.json" for seed in range(1, seeds + 1)]
+                records = [json.loads(path.read_text()) for path in paths if path.is_file()]
+                good = [r for r in records if r["plan"] == _digest(arm, sigmas[epsilon], patients)]
+                if len(good) == seeds:
+                    found[name, epsilon] = good
+        return found
+
+
+def _digest(arm: Arm, sigma: Fraction, patients: int) -> str:
+    """What a run is a run of."""
+    plan = study(arm, RECIPE, format(float(sigma), "f"), patients)
+    return sha256(f"{plan.hash} {arm} {RECIPE} {SPLIT}".encode())
+
+
+def _drawn(folder: Path, patients: int = 3000, side: int = 48) -> Path:
+    """A stand-in of noise in which a blurred spot is the finding; tells whether the bench works and nothing else."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(1)
+    who = np.repeat(np.arange(patients), rng.integers(1, 4, patients))
+    ill = (rng.random(patients) < 0.6)[who]
+    down, across = np.mgrid[:side, :side]
+    images = rng.normal(110, 40, (len(who), side, side))
+    for number in np.flatnonzero(ill):
+        x, y = rng.uniform(10, side - 10, 2)
+        images[number] += 70 * np.exp(-((across - x) ** 2 + (down - y) ** 2) / 40)
+    np.savez(folder / "images.npz", images=images.clip(0, 255).astype(np.uint8))
+    rows = [f"{int(has)},drawn-{number}" for number, has in zip(who, ill, strict=True)]
+    (folder / "index.csv").write_text("\n".join(["label,patient", *rows]) + "\n")
+    return folder
+
+
+def fallback(epsilon: int, sigma: Fraction, patients: int) -> str:
+    """What `shared` still promises where nobody's noise but a site's own counts (tier two)."""
+    found = []
+    for name in PAIRS:
+        own = events(study(ARMS[name], RECIPE, format(float(sigma), "f"), patients), 2)["train"]
+        found.append(f"{epsilon_rdp(own, Fraction(DELTA)):.1f} with {ARMS[name].sites} sites")
+    return f"shared at ε {epsilon}, were secure aggregation wholly broken: ε {', '.join(found)}"
+
+
+# ---- what the runs say ---------------------------------------------------------------------------------------
+
+
+def points(records: Sequence[Record], figure: str = "auroc") -> list[float]:
+    """A figure of each seed, in hundredths."""
+    return [100 * record[figure] for record in records]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the range."""
+    return (max(values) - min(values)) / 2
+
+
+def below(found: Records, name: str, other: str, epsilon: int) -> list[float] | None:
+    """How many points an arm is below another, for each seed; None where one of the two was not run."""
+    if (name, epsilon) not in found or (other, epsilon) not in found:
+        return None
+    pairs = zip(points(found[other, epsilon]), points(found[name, epsilon]), strict=True)
+    return [theirs - ours for theirs, ours in pairs]
+
+
+def lines(found: Records, sigmas: dict[int, Fraction]) -> list[Line]:
+    """The table: every arm, and the gaps that have a goal."""
+    made = []
+    for epsilon in EPSILONS:
+        for name in ORDER:
+            if (name, epsilon) not in found:
+                continue
+            records = found[name, epsilon]
+            area, balanced = points(records), points(records, "balanced_accuracy")
+            beside = {
+                "±": spread(area),
+                "balanced accuracy": statistics.fmean(balanced),
+                "± of it": spread(balanced),
+                "cpu s": statistics.fmean(record["cpu"] for record in records),
+            }
+            what = f"ε {epsilon} (σ {float(sigmas[epsilon]):.3f}): {WORDS[name]}, AUROC, {len(records)} seeds"
+            made.append(Line(what, "points", statistics.fmean(area), beside))
+        for name, twin in PAIRS.items():
+            for other, goal in ((twin, CLOSE), ("pooled", NEAR)):
+                gap = below(found, name, other, epsilon)
+                if gap is not None:
+                    what = f"  {WORDS[name]} below {WORDS[other]}, ε {epsilon}"
+                    rule = f"within {goal:g} points"
+                    made.append(Line(what, "points", statistics.fmean(gap), {"±": spread(gap)}, goal, rule))
+            gap = below(found, name, "per-site-5", epsilon)
+            if gap is not None and name == "shared-5":
+                what = f"  {WORDS[name]} below per-site, ε {epsilon}"
+                rule = "above it by more than the spread"
+                made.append(Line(what, "points", statistics.fmean(gap), {"±": spread(gap)}, -spread(gap), rule))
+    return made
+
+
+def markdown(found: Records, table: Sequence[Line]) -> str:
+    """The tables of docs/benchmarks.md: the arms, and the goals."""
+    rows = ["| arm | " + " | ".join(f"ε {e}: AUROC | balanced accuracy" for e in EPSILONS) + " |"]
+    rows.append("|---|" + "---|" * (2 * len(EPSILONS)))
+    for name in ORDER:
+        cells = [WORDS[name]]
+        for epsilon in EPSILONS:
+            records = found.get((name, epsilon))
+            for figure in ("auroc", "balanced_accuracy"):
+                values = points(records, figure) if records else None
+                cells.append(f"{statistics.fmean(values):.1f} ± {spread(values):.1f}" if values else "–")
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += ["", "| AUROC, points | difference | goal |", "|---|---|---|"]
+    for line in table:
+        if line.goal is not None and line.ours is not None:
+            difference = f"{line.ours:+.2f} ± {line.beside['±']:.2f}"
+            rows.append(f"| {line.what.strip()} | {difference} | {line.rule}: {'met' if line.met else 'missed'} |")
+    return "\n".join(rows) + "\n"
+
+
+def picture(found: Records, title: str, path: Path) -> None:
+    """One panel for each ε: an arm in each row, every seed a mark, the mean a line."""
+    figure = Figure(figsize=(11.0, 3.6), layout="constrained")
+    colours = {"pooled": plots.VERMILION, "shared": plots.BLUE, "per-site": plots.GREEN, "alone": plots.INK}
+    for axes, epsilon in zip(figure.subplots(1, len(EPSILONS), sharey=True), EPSILONS, strict=True):
+        for row, name in enumerate(ORDER):
+            if (name, epsilon) not in found:
+                continue
+            values, colour = points(found[name, epsilon]), colours[ARMS[name].mode]
+            axes.plot([min(values), max(values)], [row, row], color=plots.FAINT, linewidth=8, zorder=1)
+            axes.scatter(values, [row] * len(values), 24, colour, zorder=2)
+            axes.plot([statistics.fmean(values)] * 2, [row - 0.28, row + 0.28], color=colour, zorder=3)
+        axes.set(title=f"ε = {epsilon}, δ = {DELTA}, per patient", xlabel="AUROC on the test patients, points")
+        axes.set_yticks(range(len(ORDER)), [WORDS[name].replace("`", "") for name in ORDER])
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(title)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> None:
+    """Measure what is missing, and show what there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this number")
+    parser.add_argument("--arm", action="append", choices=list(ARMS), help="only this arm; may be repeated")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is there")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench()
+    cohort = bench.cohort()
+    patients = sum(map(len, deal(cohort, 1)))
+    sigmas = {epsilon: noise_for(RECIPE, epsilon) for epsilon in EPSILONS}
+    if bench.name == DRAWN:
+        print(f"!!! NO REAL IMAGES: {DATA / REAL} is not there (CONSILIUM_DATA). What follows is of a drawn stand-in.")
+    if not chosen.show:
+        for seed in range(1, chosen.seeds + 1):
+            for epsilon in reversed(EPSILONS):
+                for name in chosen.arm or ORDER:
+                    bench.run(ARMS[name], epsilon, seed, sigmas[epsilon], cohort)
+    found = bench.known(chosen.seeds, sigmas, patients)
+    table = lines(found, sigmas)
+    notes = [
+        f"{bench.name}: {patients} patients train, {len(cohort.groups('test'))} with {len(cohort.indices('test'))} "
+        f"images test; {RECIPE.network}, {RECIPE.side} px, {RECIPE.steps} steps, q {RECIPE.rate}, C {RECIPE.clip}",
+        "masks are left out: they cancel exactly; every other step is that of a study",
+        *(fallback(epsilon, sigma, patients) for epsilon, sigma in sigmas.items()),
+    ]
+    absent = [f"{name} at ε {e}" for name in ORDER for e in EPSILONS if (name, e) not in found]
+    if absent:
+        notes.append(f"not run for all {chosen.seeds} seeds yet: {', '.join(absent)}")
+    title = "Patient-level privacy" if bench.name == REAL else "DRAWN STAND-IN, NO REAL IMAGES: patient-level privacy"
+    show("privacy", title, table, notes)
+    if found:
+        picture(found, title, FOLDER / "privacy.png")
+        (FOLDER / "privacy.md").write_text(markdown(found, table), encoding="utf-8")
+        print(f"  {FOLDER / 'privacy.png'}\n  {FOLDER / 'privacy.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Studies with noise, an officer, and papers that are right unless a test changes them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from privacy.canonical import sha256
+from privacy.grants import Allowance, Grant
+from privacy.identity import Identity
+from privacy.roster import expiry
+from privacy.study import Study
+
+SITE = "st-anna"
+NOW = datetime.now(UTC)
+
+DRAFT = """
+sites = ["st-anna", "st-bona", "st-cara", "st-dora"]
+[study]
+name = "{name}"
+title = "A tiny study"
+purpose = "Testing the budget"
+[task]
+classes = ["normal", "finding"]
+[network]
+name = "resnet-small"
+[input]
+size = [8, 8]
+[optimiser]
+name = "sgd"
+batch_size = 8
+[rounds]
+count = 4
+local_steps = {steps}
+reserve = 2
+[aggregation]
+weights = "{weights}"
+minimum_sites = 3
+[secagg]
+mode = "on"
+[privacy]
+mode = "{mode}"
+"""
+NOISE = """
+noise_multiplier = {noise}
+evaluation_noise = 8
+"""
+
+
+def study(name: str = "tiny", mode: str = "shared", noise: str = "2", steps: int = 1) -> Study:
+    """A study that every test site is in; with noise, 6 slots of training, 2 tries of each evaluation."""
+    weights = "examples" if mode == "none" else "equal"
+    text = DRAFT.format(name=name, mode=mode, steps=steps, weights=weights)
+    made = Study.from_toml(text + ("" if mode == "none" else NOISE.format(noise=noise)))
+    return made.model_copy(update={"initial": made.initial.model_copy(update={"sha256": sha256(b"initial")})})
+
+
+def allowance(officer: Identity, **changes: Any) -> bytes:
+    """Epsilon 8 at order 4 for every patient of the site."""
+    values: dict[str, Any] = {"site": SITE, "serial": 1, "epsilon": "8", "delta": "0.000001", "order": 4}
+    return Allowance(**{**values, **changes}).signed(officer).encode()
+
+
+def grant(officer: Identity, granted: Study, **changes: Any) -> bytes:
+    """Leave for a study, with room to spare."""
+    values: dict[str, Any] = {
+        "site": SITE, "serial": 1, "study": granted.hash, "slots": granted.slots, "epsilon": "20", "cap": "40",
+        "delta": "0.000001", "expires": expiry(NOW),
+    }  # fmt: skip
+    return Grant(**{**values, **changes}).signed(officer).encode()

@@ -1,0 +1,169 @@
+"""A study with noise from its offer to its delivery, with real agents in one process: what is opened, what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import tasks
+from privacy.checkpoint import needed, witnesses_of
+from privacy.grants import Claims
+from privacy.ledger import Commit, Reserve, Step
+from privacy.ledger_check import verify_file
+from privacy.study import Study
+from server.simulation import Finished, Simulation
+
+SITES = ("north", "south", "west")
+
+DRAFT = """
+sites = ["north", "south", "west"]
+[study]
+name = "{name}"
+title = "A tiny study"
+purpose = "To test."
+[task]
+classes = ["normal", "finding"]
+[network]
+name = "resnet-small"
+[input]
+size = [8, 8]
+[optimiser]
+name = "sgd"
+learning_rate = 0.5
+batch_size = 16
+[rounds]
+count = {rounds}
+local_steps = {steps}
+reserve = 2
+[aggregation]
+weights = "equal"
+minimum_sites = 3
+[privacy]
+mode = "{mode}"
+noise_multiplier = {noise}
+sampling_rate = 0.5
+expected_patients = {expected}
+images_per_patient = 2
+patients_bound = 400
+site_patients_bound = 30
+delta = 0.001
+evaluation_noise = 0.3
+[secagg]
+mode = "{secagg}"
+"""
+
+
+def draft(name: str, mode: str, rounds: int, steps: int = 1, noise: str = "0.5", secagg: str = "on") -> Study:
+    expected = 30 if mode == "shared" else 10
+    return Study.from_toml(
+        DRAFT.format(name=name, mode=mode, rounds=rounds, steps=steps, noise=noise, secagg=secagg, expected=expected)
+    )
+
+
+@pytest.fixture(scope="module")
+def simulation(tmp_path_factory: pytest.TempPathFactory):
+    """90 patients with two images each; who has the finding is brighter."""
+    folder = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(2)
+    labels = np.array([i // 2 % 2 for i in range(180)])
+    pixels = rng.integers(0, 150, (180, 8, 8)) + 100 * labels[:, None, None]
+    np.savez(folder / "images.npz", images=pixels.astype(np.uint8))
+    rows = [f"{i},{labels[i]},p{i // 2}" for i in range(180)]
+    (folder / "index.csv").write_text("\n".join(["file,label,patient", *rows]))
+    with Simulation(folder, SITES, threads=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(simulation: Simulation) -> Finished:
+    return simulation.run(draft("shared", "shared", 3))
+
+
+def test_a_study_with_shared_noise_ends_with_a_model_and_a_noised_test(
+    simulation: Simulation, shared: Finished
+) -> None:
+    course = simulation.registry.course(shared.record.hash)
+    assert [slot.kind for slot in course.slots()] == ["train"] * 3 + ["validate", "test"]
+    assert set(course.evaluations("validation")) == {3}, "no round but the last is looked at: each look is charged"
+    assert shared.test is not None
+    assert 10 < shared.test.metrics["images"] < 60, "patients, noised"
+    assert shared.model.exists()
+
+
+def test_no_figure_of_a_training_step_counts_images_or_patients(simulation: Simulation, shared: Finished) -> None:
+    rounds = [event for event in simulation.registry.events(shared.record.hash) if event.kind == "round"]
+    for event in rounds:
+        assert "train_examples" not in event.data["metrics"]
+        assert event.data["metrics"]["train_loss"] >= 0
+
+
+def test_B7_the_log_holds_the_plan_every_release_and_the_end_and_its_head_is_cosigned(
+    simulation: Simulation, shared: Finished
+) -> None:
+    claims = Claims.of(shared.record.study)
+    with simulation.registry.ledger() as ledger:
+        entries = [leaf.entry for leaf in ledger.read() if leaf.entry.study == shared.record.hash]
+        _, roster = simulation.registry.roster()
+        note = ledger.valid_note(simulation.identity.public, witnesses_of(roster), 1)
+    assert isinstance(entries[0], Reserve)
+    assert entries[0].slots == shared.record.study.slots
+    assert float(entries[0].epsilon_aggregate) == float(claims.epsilon)
+    assert set(entries[0].grants) == set(SITES)
+    steps = [entry for entry in entries if isinstance(entry, Step)]
+    assert sorted((step.site, step.slot, step.counter) for step in steps) == sorted(
+        (site, slot, slot) for site in SITES for slot in range(1, 6)
+    )
+    assert entries[-1] == Commit(study=shared.record.hash, slots_used=5)
+    assert note is not None
+    assert len(note.cosigners(witnesses_of(roster))) >= needed(3, 1)
+
+
+def test_an_officer_verifies_the_exported_log_without_trusting_anybody(
+    simulation: Simulation, shared: Finished, tmp_path: Path
+) -> None:
+    _, roster = simulation.registry.roster()
+    path = tmp_path / "ledger.jsonl"
+    with simulation.registry.ledger() as ledger:
+        ledger.export(path)
+    report = verify_file(path, [roster], 1)
+    assert report.error is None, report.error
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"slot":2', b'"slot":3', 1))
+    assert verify_file(path, [roster], 1).error is not None
+
+
+def test_N8_the_opened_noise_is_that_of_all_sites_shares(simulation: Simulation, tmp_path: Path) -> None:
+    """With next to no learning, what moves the model is the noise of three shares of σ / √(n_min − c)."""
+    study = draft("noisy", "shared", 1, noise="200")
+    done = simulation.run(study)
+    course = simulation.registry.course(done.record.hash)
+    before, after = (
+        np.frombuffer(simulation.registry.blobs.path(point.weights).read_bytes(), "<f4")
+        for point in course.checkpoints()
+    )
+    moved = float((after - before).std())
+    expected = 0.5 / 30 * 200 * 1 * (3 / 2) ** 0.5
+    assert moved == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("secagg", ["on", "off"])
+def test_a_study_with_per_site_noise_ends_and_both_tiers_are_equal(simulation: Simulation, secagg: str) -> None:
+    study = draft(f"own-{secagg}", "per-site", 2, steps=2, secagg=secagg)
+    claims = Claims.of(study)
+    assert claims.epsilon == claims.cap
+    done = simulation.run(study)
+    assert done.test is not None
+    assert set(simulation.registry.course(done.record.hash).evaluations("validation")) == {2}
+
+
+def test_the_sums_of_an_evaluation_are_those_of_the_patients_within_their_noise(
+    simulation: Simulation, shared: Finished
+) -> None:
+    exact = sum(simulation.measure(shared, SITES).values())
+    task = tasks.get(shared.record.study.spec())
+    patients = task.metrics(exact)["images"] / 2
+    assert shared.test is not None
+    noise = 0.3 * 3 * (3 / 2) ** 0.5
+    assert abs(shared.test.metrics["images"] - patients) < 6 * noise
