@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ class Mechanism:
     share: Fraction
     sites: int
 
-    @property
+    @cached_property
     def grid(self) -> Fraction:
         """γ, a power of two.
 
@@ -79,7 +80,7 @@ class Mechanism:
         """Δ = C + γ√d, rounded up."""
         return self._sensitivity(self.grid)
 
-    @property
+    @cached_property
     def deviation(self) -> Fraction:
         """s, this site's noise in grid steps, rounded up to 1/1024."""
         return Fraction(math.ceil(self.share * self.sensitivity / self.grid * 1024), 1024)

@@ -258,6 +258,10 @@ test = 0.25
 choose = "last"
 """
 _AFFINE, _FLIP = '{ name = "random_affine" }', '{ name = "random_flip" }'
+_FREE = (
+    '{ name = "random_affine", parameters = { degrees = "15", shift = "0.1", zoom = "0.15" } }, '
+    '{ name = "random_flip" }'
+)
 _HALF = '{ name = "random_affine", parameters = { probability = "0.5" } }'
 
 
@@ -284,7 +288,8 @@ SETS: dict[str, Bench] = {
     "breastmnist": Bench(
         "medmnist/breastmnist_64.npz", _medmnist,
         _plan(
-            "breastmnist", "malignant benign", "28, 28", rounds=20, steps=20, batch=16,
+            "breastmnist", "malignant benign", "28, 28", network="densenet-small",
+            rounds=15, steps=20, batch=16, augmentation=_FREE,
         ), 1.0, 90.1,
     ),
     "ham10000": Bench(
@@ -299,17 +304,19 @@ SETS: dict[str, Bench] = {
     ),
     "wbc": Bench(
         "wbc_segmentation", _wbc,
-        _plan("wbc", "background cytoplasm nucleus", "64, 64", **_MASK, channels=3, batch=8, rounds=10, steps=15), 2.0,
+        _plan("wbc", "background cytoplasm nucleus", "64, 64", **_MASK, channels=3, batch=8, rounds=15, steps=20), 2.0,
     ),
     "retina": Bench(
         "retina_vessels", _retina,
-        _plan("retina", "background vessel", "128, 128", **_MASK, channels=3, batch=4, rounds=10, steps=15), 2.0,
+        _plan(
+            "retina", "background vessel", "192, 192", **(_MASK | {"rate": "0.006"}), channels=3, batch=2, rounds=12,
+        ), 2.0,
     ),
     "hippocampus": Bench(
         "hippocampus_msd04", _hippocampus,
         _plan(
             "hippocampus", "background anterior posterior", "32, 48, 32",
-            **_MASK, batch=2, rounds=8, steps=12, augmentation=_FLIP,
+            **(_MASK | {"rate": "0.006"}), batch=2, rounds=8, steps=32, augmentation=_FLIP,
         ), 2.0,
     ),
 }  # fmt: skip

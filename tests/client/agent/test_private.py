@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client.agent.core import Agent
+from client.agent.private import groups
+from client.imaging import Membership
 from models import additive, tasks
 from models.weights import Layout
 from privacy.airlock import Airlock
@@ -99,6 +102,20 @@ def test_N6_an_evaluation_is_answered_as_often_as_the_plan_says_and_charged_each
     assert bed.call("test", bed.vector, slot=3, round=4).code == "grant-spent"
     assert bed.call("validate", bed.vector, slot=4, round=4).status == "done"
     assert [(row[1], row[3]) for row in charges(bed)] == [("test", 1), ("test", 1), ("validate", 1)]
+
+
+def test_B1_a_patient_who_moved_to_another_side_is_in_neither(bed: Bed) -> None:
+    """Reserved and charged as one to be tested: he does not train for that price when his side changes."""
+    bed.call("train", bed.vector, slot=1)
+    assert bed.agent is not None
+    eligible = bed.agent.purse.eligible(bed.hash)
+    row = bed.agent.store.sources()[0]
+    cohort = bed.agent.desk.cohort(bed.study, row)
+    swapped = {Membership.TRAIN: Membership.TEST, Membership.TEST: Membership.TRAIN}
+    moved = replace(cohort, membership=tuple(swapped.get(side, side) for side in cohort.membership))
+    assert len(groups(cohort, Membership.TRAIN, eligible)) == 24
+    assert groups(moved, Membership.TRAIN, eligible) == []
+    assert groups(moved, Membership.TEST, eligible) == []
 
 
 # ---- what leaves ---------------------------------------------------------------------------------------------
@@ -237,7 +254,15 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize("where", POINTS)
+USUAL = {
+    "after client.agent.purse Purse charge", "after privacy.airlock Airlock noise",
+    "before client.agent.store Store keep_answer", "after client.agent.store Store keep_answer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "where", [point if point in USUAL else pytest.param(point, marks=pytest.mark.long) for point in POINTS]
+)
 def test_S3_killed_between_charge_and_hand_over(tmp_path: Path, where: str) -> None:
     bed = private_bed(tmp_path / "site")
     granted(bed)

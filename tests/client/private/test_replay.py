@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 
 from client.imaging import Cohort, Membership
 from client.private import gradients, sample
+from client.private.bench import PrivateBench
 from client.private.evaluation import patient_sum
 from client.private.sample import batches, poisson, some
 from client.private.step import Constants, Step
-from models import bounds, networks, tasks
+from models import bounds, networks, tasks, weights
 from models.tasks import Task
 from privacy.mechanisms import Mechanism
 from privacy.noise import Source
+from privacy.study import Study
 
 torch.set_num_threads(1)
 CLIP = 0.5
@@ -160,6 +162,68 @@ def test_N6_a_patient_changes_an_evaluation_by_at_most_its_reach(network: torch.
     change = evaluated([*OTHERS, comer]) - evaluated(OTHERS)
     assert np.linalg.norm(change) <= BOUNDS.reach * (1 + 1e-12)
     assert np.isfinite(change).all()
+
+
+def test_N4_an_image_that_cannot_be_augmented_counts_its_patient_as_absent(network: torch.nn.Module) -> None:
+    found = cohort([*OTHERS, Patient(2)])
+    bad = found.images[-1]
+
+    def augment(image: np.ndarray, seed: int) -> np.ndarray:
+        if np.array_equal(image, bad):
+            raise RuntimeError("an odd image")
+        return image
+
+    groups = list(found.groups(Membership.TRAIN).values())
+    whole = Step(network, TASK, found, groups, CONSTANTS, augment).sum()
+    np.testing.assert_allclose(whole, step(network, OTHERS).sums, atol=1e-6)
+
+
+def test_N1_nothing_random_of_the_network_takes_part_in_a_private_step() -> None:
+    """Dropout draws from torch's own generator, for a batch at once; a private step computes as in evaluation."""
+    text = DRAFT.format(name="efficientnet-b0")
+    study = Study.from_toml(text)
+    spec = study.spec()
+    torch.manual_seed(1)
+    made, images = networks.build(spec), np.random.default_rng(1).normal(size=(6, 1, 32, 32)).astype(np.float32)
+    found = Cohort(
+        images=images, targets=np.arange(6) % 2, patients=tuple("abcdef"), membership=(Membership.TRAIN,) * 6,
+        classes=("normal", "finding"), quarantine=(), scanners=Counter(), patient_rule="a test's",
+    )  # fmt: skip
+    bench = PrivateBench(study, found, tasks.get(spec), made, None)
+    patients = list(found.groups(Membership.TRAIN).values())
+    vector = weights.trainable_vector(made)
+    first, second = (bench.gradient_sum(vector, patients, lambda: None) for _ in range(2))
+    assert not made.training
+    np.testing.assert_array_equal(first, second)
+
+
+DRAFT = """
+sites = ["a-site", "b-site", "c-site"]
+[study]
+name = "tiny"
+title = "A tiny study"
+purpose = "Testing"
+[task]
+classes = ["normal", "finding"]
+[network]
+name = "{name}"
+[input]
+size = [32, 32]
+[optimiser]
+name = "sgd"
+batch_size = 8
+[rounds]
+local_steps = 1
+[aggregation]
+weights = "equal"
+minimum_sites = 3
+[privacy]
+mode = "shared"
+sampling_rate = 1
+site_patients_bound = 8
+[secagg]
+mode = "on"
+"""
 
 
 # ---- the sample ----------------------------------------------------------------------------------------------
