@@ -296,7 +296,7 @@ SETS: dict[str, Bench] = {
         "ham10000", _ham,
         _plan(
             "ham10000", "akiec bcc bkl df mel nv vasc", "48, 64",
-            channels=3, rounds=12, steps=25, augmentation=_FLIP,
+            channels=3, rounds=30, steps=10, augmentation=_FLIP,
         ), 1.0,
     ),
     "lgg-mri": Bench(
@@ -304,7 +304,7 @@ SETS: dict[str, Bench] = {
     ),
     "wbc": Bench(
         "wbc_segmentation", _wbc,
-        _plan("wbc", "background cytoplasm nucleus", "64, 64", **_MASK, channels=3, batch=8, rounds=15, steps=20), 2.0,
+        _plan("wbc", "background cytoplasm nucleus", "64, 64", **_MASK, channels=3, batch=8, rounds=100, steps=5), 2.0,
     ),
     "retina": Bench(
         "retina_vessels", _retina,
@@ -316,7 +316,7 @@ SETS: dict[str, Bench] = {
         "hippocampus_msd04", _hippocampus,
         _plan(
             "hippocampus", "background anterior posterior", "32, 48, 32",
-            **(_MASK | {"rate": "0.006"}), batch=2, rounds=8, steps=32, augmentation=_FLIP,
+            **(_MASK | {"rate": "0.006"}), batch=2, rounds=50, steps=5, augmentation=_FLIP,
         ), 2.0,
     ),
 }  # fmt: skip

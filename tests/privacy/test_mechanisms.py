@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from privacy.airlock import Airlock
 from privacy.charge import Charge
-from privacy.errors import Refusal, RefusalCode
+from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.journal import Journal
 from privacy.mechanisms import CLIP_ROOM, DEVIATIONS, Mechanism, evaluation, training
 from privacy.noise import Source
@@ -160,3 +160,28 @@ def test_B2_a_round_that_another_slot_paid_for_is_not_noised_anew(tmp_path: Path
     with pytest.raises(Refusal) as refusal:
         airlock.noise(retry, MECHANISM, np.zeros(40))
     assert refusal.value.code is RefusalCode.SLOT_SPENT
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "minimum_sites = 4",
+            'minimum_sites = 4\n[publish]\nchoose = "best-validation"',
+            "charged evaluation",
+        ),
+        ('weights = "equal"', 'weights = "examples"', "how many images a hospital has"),
+        ("batch_size = 8", "batch_size = 3", "go through the network together"),
+        ("local_steps = 1", "local_steps = 2", "one optimiser step"),
+        ('[secagg]\nmode = "on"', "", "hides each share"),
+        ("minimum_sites = 4", 'minimum_sites = 4\n[local]\nnorms = "local"', "unnoised state"),
+        ("count = 20", "count = 20\nseed = 3", "who was sampled"),
+        ("sampling_rate = 0.1", "sampling_rate = 0", "nobody would ever train"),
+        ("patients_bound = 500\n", "patients_bound = 5000000\n", "promises nothing"),
+    ],
+)
+def test_N3_a_study_that_does_not_fit_its_noise_is_refused_by_name(old: str, new: str, words: str) -> None:
+    text = DRAFT.format(mode="shared", steps=1, more="")
+    assert old in text
+    with pytest.raises(ConsiliumError, match=words):
+        Study.from_toml(text.replace(old, new, 1))
