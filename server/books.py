@@ -12,14 +12,14 @@ from decimal import Decimal
 
 from privacy import accounting
 from privacy.canonical import digest, sha256
-from privacy.checkpoint import NoteSignature, witnesses_of
+from privacy.checkpoint import NoteSignature
 from privacy.errors import Refusal, RefusalCode
 from privacy.grants import Claims
 from privacy.identity import Identity
-from privacy.ledger import Abort, Commit, Leaf, Reason, Reserve
+from privacy.ledger import Commit, Leaf, Reserve, Step
 from privacy.ledger_codes import LedgerRefusal
 from server.attempt import LOST_PAUSE
-from server.desk import Call, Desk, Said
+from server.desk import Call, Desk, Said, words
 from server.ledger import Ledger
 from server.members import Members
 from server.records import StudyRecord
@@ -33,8 +33,20 @@ STEPS = "steps"
 class Books:
     """The log, as one run of one study writes it."""
 
-    def __init__(self, ledger: Ledger, record: StudyRecord, identity: Identity, desk: Desk) -> None:
-        self._ledger, self._record, self._identity, self._desk = ledger, record, identity, desk
+    def __init__(
+        self,
+        ledger: Ledger,
+        record: StudyRecord,
+        identity: Identity,
+        desk: Desk,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Take the log up for one run.
+
+        Args:
+            note: told, in words, what the coordinator should know.
+        """
+        self._ledger, self._record, self._identity, self._desk, self._note = ledger, record, identity, desk, note
         self._since: dict[str, int] = {}  # what a site cosigned last; it says so itself when it is asked first
         self._witnessed = 0
 
@@ -48,14 +60,18 @@ class Books:
             calls = {site: members.preparation(site) for site in members.ready()}
             return {site: call for site, call in calls.items() if call is not None}
 
-        refused: set[str] = set()
+        refused: dict[str, str] = {}
 
         def hear(said: Said) -> float:
-            if members.hear(said) and not said.lost:
-                refused.add(said.site)
+            code = members.hear(said)
+            if code and not said.lost:
+                refused[said.site] = code
             return LOST_PAUSE
 
-        self._desk.canvass(wanted, hear, lambda: set(wanted()) <= refused, PATIENCE_SECONDS, obey)
+        self._desk.canvass(wanted, hear, lambda: set(wanted()) <= set(refused), PATIENCE_SECONDS, obey)
+        for site in sorted(set(self._record.study.sites) - set(members.grants)):
+            why = words(refused[site]).lower() if site in refused else "it has not opened the session"
+            self._note(f"{site} takes no part, because no grant of its officer is at hand: {why}")
         if members.grants:
             self.reserve(members.grants)
             members.reserved = frozenset(members.grants)
@@ -83,16 +99,18 @@ class Books:
         """Write down the releases that an answer brings, before its vector is used.
 
         Raises:
-            Refusal: LEDGER when there is none, or one that is not the site's next; BAD_SIGNATURE.
+            Refusal: LEDGER when there is none for this very answer, or one that is not the site's next; BAD_SIGNATURE.
         """
         assert said.answer is not None
         key, lines = self._desk.roster.site(said.site).identity, said.answer.detail.get(STEPS, "").splitlines()
         try:
             for line in lines:
                 self._ledger.take(line.encode(), [key])
+            newest = Leaf.read(lines[-1].encode()).entry if lines else None
         except LedgerRefusal as refusal:
             raise Refusal(RefusalCode.LEDGER, said.site) from refusal
-        if not lines:
+        named = (newest.slot, newest.request, newest.release) if isinstance(newest, Step) else None
+        if named != (said.answer.slot, said.answer.request, said.answer.payload_sha256):
             raise Refusal(RefusalCode.LEDGER, said.site)
 
     def witness(self, sites: set[str], slot: int, obey: Callable[[], None], *, now: bool = False) -> int:
@@ -131,24 +149,11 @@ class Books:
         self._desk.canvass(wanted, hear, lambda: all(self._desk.lost(s) for s in todo), PATIENCE_SECONDS, obey)
         return len(signed)
 
-    def believed(self) -> int:
-        """How many entries stand under the newest head that enough sites have cosigned (RULES B7)."""
-        note = self._ledger.valid_note(
-            self._identity.public, witnesses_of(self._desk.roster), self._record.study.secagg.colluding
-        )
-        return note.checkpoint.size if note is not None else 0
-
     def commit(self) -> None:
         """The study is done: no slot above the last one was or will be served."""
         account = self._ledger.account(self._record.hash)
         if account is not None and account.open:
             self._ledger.append([Leaf.of(Commit(study=self._record.hash, slots_used=account.slots_used))])
-
-    def abort(self, reason: Reason) -> None:
-        """The study is given up for good."""
-        account = self._ledger.account(self._record.hash)
-        if account is not None and account.open:
-            self._ledger.append([Leaf.of(Abort(study=self._record.hash, reason=reason))])
 
     def _call(self, site: str) -> Call:
         payload = self._ledger.proposal(site, self._since.get(site, 0)).encode()

@@ -103,7 +103,10 @@ class Loop:
             with ExitStack() as stack:
                 if self._noised:
                     ledger = stack.enter_context(self._registry.ledger())
-                    self._books = Books(ledger, self._record, self._identity, self._desk)
+                    self._books = Books(
+                        ledger, self._record, self._identity, self._desk,
+                        lambda text: self._registry.note(self._record.hash, "waiting", text),
+                    )  # fmt: skip
                 self._run()
         except Halt as halt:
             return self._state(halt.state, halt.reason)

@@ -144,11 +144,11 @@ def lines(name: str, found: Figures) -> list[Line]:
     gap, room = paired(found.pooled, found.federated)
     gain, space = paired(found.alone, found.federated)
     allowed = max(bench.margin, pooled - found.low)
-    beside = {"alone, mean": alone, "pooled": pooled, "from": found.low, "to": found.high}
-    interval = f"within pooled's interval or {bench.margin:g}"
+    beside = {"alone, mean": alone, "pooled": pooled}
+    interval, rule = f"{found.low:.1f} to {found.high:.1f}", f"within pooled's interval or {bench.margin:g}"
     made = [
         Line(f"{name}: federated {metric}, {_seeds(found)}", "points", federated, beside),
-        Line(f"  pooled above federated{_give(room)}", "points", gap, {}, allowed, interval),
+        Line(f"  pooled ({interval}) above federated{_give(room)}", "points", gap, {}, allowed, rule),
         Line(f"  mean alone above federated{_give(space)}", "points", gain, {}, 0.0, "above the mean alone"),
     ]
     if bench.published:
@@ -211,7 +211,9 @@ def picture(all_found: dict[str, Figures], path: Path) -> None:
             ([statistics.fmean(found.pooled)], plots.VERMILION, "s", "pooled, with its interval"),
             ([statistics.fmean(found.federated)], plots.BLUE, "o", "federated"),
         ):
-            left.scatter(values, [row] * len(values), 42, colour, marker, label=label if said else None, zorder=2)
+            left.scatter(
+                values, [row] * len(values), s=42, c=colour, marker=marker, label=label if said else None, zorder=2
+            )
         for other, colour, marker, label, shift in (
             (found.alone, plots.GREEN, "^", "federated − mean alone", -0.14),
             (found.pooled, plots.VERMILION, "s", "federated − pooled", 0.14),

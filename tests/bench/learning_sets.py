@@ -309,7 +309,8 @@ SETS: dict[str, Bench] = {
     "retina": Bench(
         "retina_vessels", _retina,
         _plan(
-            "retina", "background vessel", "192, 192", **(_MASK | {"rate": "0.006"}), channels=3, batch=2, rounds=12,
+            "retina", "background vessel", "192, 192", **(_MASK | {"rate": "0.006"}), channels=3, batch=2,
+            rounds=60, steps=5,
         ), 2.0,
     ),
     "hippocampus": Bench(

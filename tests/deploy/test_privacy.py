@@ -168,8 +168,8 @@ def test_B6_a_site_without_a_grant_takes_no_part_and_says_why(lab: Lab) -> None:
     lab.finishes(record)
     assert charged(lab, "west", record) == []
     assert all("west" not in slot.cohort for slot in lab.slots(record))
-    status = lab.federation.coordinator("study", "status", "ungranted").stdout
-    assert "T_max" in status or "slots" in status
+    assert "west takes no part" in lab.story(record)
+    assert "has not granted the study" in lab.story(record)
 
 
 def test_the_status_of_a_site_and_of_the_coordinator_show_what_is_spent(lab: Lab) -> None:
