@@ -27,6 +27,14 @@ _NO_NOISE_IN_THE_SUM = (
     "models and hospitals between rounds can take differences, and one crafted model sent to all can make the sum tell "
     "more."
 )
+_INTERVALS = (
+    "In brackets stand 95 % intervals. They take every image for itself; where a patient has several, the truth is "
+    "less sure than they say."
+)
+_NOISED_RESULTS = (
+    "The results are of sums over patients with noise on them, each patient's images averaged first, so they have no "
+    "intervals: another draw of the noise would give others, most of all with few patients."
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Facts:
         parameters: trainable parameters.
         hashes: {"study": hex, "model.safetensors": hex, ...}.
         versions: {"torch": "2.13.0", ...}.
+        promise: what a study with noise promises each patient, a sentence each.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Facts:
     missing: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    promise: Sequence[str] = ()
     contact: str = ""
 
 
@@ -96,12 +106,11 @@ def write(facts: Facts) -> str:
         "no figure of a single hospital stands here; the weights and the results above are all that was derived from "
         "patients.",
         "## Privacy",
-        *_privacy(facts.spec),
+        *_privacy(facts.spec, facts.promise),
         "## Limits",
         "- It was measured on images of the same hospitals that trained it. Elsewhere, with other scanners, other "
         "patients or another share of the finding, expect it to be worse, and measure it before use.\n"
-        "- In brackets stand 95 % intervals. They take every image for itself; where a patient has several, the truth "
-        "is less sure than they say. Nothing is broken down by scanner, age or sex.\n"
+        f"- {_NOISED_RESULTS if _noised(facts.spec) else _INTERVALS} Nothing is broken down by scanner, age or sex.\n"
         "- " + _PROBABILITY[facts.spec["task"].get("kind", "classification") == "segmentation"],
         "## Hashes (SHA-256)",
         _table(("what", "hash"), [(key, f"`{value}`") for key, value in facts.hashes.items()]),
@@ -166,7 +175,11 @@ def _training(facts: Facts) -> list[str]:
     return ["## How it was trained", _table(("", ""), rows)]
 
 
-def _privacy(spec: Mapping[str, Any]) -> list[str]:
+def _noised(spec: Mapping[str, Any]) -> bool:
+    return str(spec.get("privacy", {}).get("mode", "none")) != "none"
+
+
+def _privacy(spec: Mapping[str, Any], promise: Sequence[str]) -> list[str]:
     paragraphs = [
         "Images stayed in the hospitals. What left each hospital was an update of the weights per round and the sums "
         "behind the results, recorded in that hospital's own journal."
@@ -175,6 +188,7 @@ def _privacy(spec: Mapping[str, Any]) -> list[str]:
     if privacy.get("mode", "none") == "none":
         paragraphs.append(_NO_NOISE)
     else:
+        paragraphs += ["\n".join(f"- {sentence}" for sentence in promise)] if promise else []
         paragraphs.append("Differential privacy, as the signed study sets it:")
         paragraphs.append(_table(("parameter", "value"), [(key, _number(value)) for key, value in privacy.items()]))
     if secagg.get("mode", "off") in {"off", "none"}:

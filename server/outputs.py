@@ -28,6 +28,8 @@ import numpy.typing as npt
 from models import additive, bundle, card, tasks
 from models.weights import Layout
 from privacy.errors import ConsiliumError
+from privacy.grants import Claims
+from privacy.study import Study
 from server.blobs import PIECE, Blobs
 from server.home import CoordinatorHome, sync_folder, write_atomically
 from server.records import Evaluation, StudyRecord
@@ -172,7 +174,7 @@ def _figures(
     test: Evaluation | None,
     training: Mapping[int, Mapping[str, float]],
 ) -> dict[str, Any]:
-    task = tasks.get(record.study.spec())
+    task, noised = tasks.get(record.study.spec()), record.study.privacy.mode != "none"
     sums = _sums(task, test)
     by_round = {evaluation.round: evaluation for evaluation in history}
     rounds = []
@@ -188,7 +190,7 @@ def _figures(
         "name": record.name,
         "published_round": round_,
         "test": dict(test.metrics) if test is not None else {},
-        "test_intervals": {} if sums is None else {k: list(v) for k, v in task.intervals(sums).items()},
+        "test_intervals": {} if sums is None or noised else {k: list(v) for k, v in task.intervals(sums).items()},
         "test_sites": list(test.sites) if test is not None else [],
         "rounds": rounds,
     }
@@ -249,7 +251,7 @@ def _sums(task: tasks.Task, evaluation: Evaluation | None) -> npt.NDArray[np.flo
 def _facts(
     record: StudyRecord, round_: int, history: list[Evaluation], test: Evaluation | None, model: Path, digest: str
 ) -> card.Facts:
-    study, spec = record.study, record.study.spec()
+    study, spec, noised = record.study, record.study.spec(), record.study.privacy.mode != "none"
     task = tasks.get(spec)
     chosen = "the last" if study.publish.choose == "last" else "the best on the validation images of all sites"
     last = next((evaluation for evaluation in reversed(history) if evaluation.round == round_), None)
@@ -270,11 +272,25 @@ def _facts(
         },
         metrics={part: evaluation.metrics for part, evaluation in shown.items() if evaluation is not None},
         missing={part: task.missing(found) for part, found in sums.items()},
-        intervals={part: task.intervals(found) for part, found in sums.items()},
+        intervals={} if noised else {part: task.intervals(found) for part, found in sums.items()},
+        promise=_promise(study) if noised else (),
         parameters=Layout.of_state(model).count,
         hashes={"study": record.hash, "initial weights": study.initial.sha256, MODEL: digest},
         versions={name: metadata.version(name) for name in VERSIONS},
     )
+
+
+def _promise(study: Study) -> list[str]:
+    """What a study with noise promises each patient, in sentences; the same for every run of it."""
+    from privacy import claims  # the accountants: seconds to load, and needed at the very end only
+
+    asked = Claims.of(study)
+    first = (
+        f"**ε {asked.epsilon:f} at δ {study.privacy.delta}**, for a patient at one hospital with all of his images, "
+        f"against everyone who sees the model and every opened sum; ε {asked.cap:f} if secure aggregation were wholly "
+        f"broken. Claimed for all {study.slots} slots that the study may use."
+    )
+    return [first, *claims.words(study, claims.claim(study))]
 
 
 def _digest(path: Path) -> str:

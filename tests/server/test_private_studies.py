@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -167,3 +168,17 @@ def test_the_sums_of_an_evaluation_are_those_of_the_patients_within_their_noise(
     assert shared.test is not None
     noise = 0.3 * 3 * (3 / 2) ** 0.5
     assert abs(shared.test.metrics["images"] - patients) < 6 * noise
+
+
+def test_the_card_says_what_is_promised_and_gives_no_interval_that_noise_makes_untrue(
+    simulation: Simulation, shared: Finished, tmp_path: Path
+) -> None:
+    simulation.export(shared, tmp_path / "out")
+    text = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    claims = Claims.of(shared.record.study)
+    assert f"ε {claims.epsilon:f} at δ 0.001" in text
+    assert f"ε {claims.cap:f} if secure aggregation" in text
+    assert "group privacy" in text
+    assert "sums over patients with noise" in text
+    assert "no differential privacy" not in text
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["test_intervals"] == {}
