@@ -261,6 +261,8 @@ def _translated(error: grpc.RpcError, socket: Path) -> ConsiliumError:
         return AgentLate("The agent did not answer in time", str(socket), "Look into log/agent.log at the site.")
     if details in set(RefusalCode):
         return Refusal(RefusalCode(details))
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "oncurrent" in details:  # all of its threads are taken
+        return Refusal(RefusalCode.BUSY)
     try:
         value = json.loads(details)
         return ConsiliumError(str(value["what"]), str(value["subject"]), str(value["remedy"]))

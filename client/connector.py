@@ -239,14 +239,16 @@ class Connector:
         self._stopping.wait(AGENT_PAUSE)
 
     def _patiently(self, ask: Callable[[], bytes], incoming: Incoming) -> bytes:
-        """Ask the agent, waiting out its restarts for as long as the message lives."""
+        """Ask the agent, waiting out its restarts and its busy moments for as long as the message lives."""
         while True:
             try:
                 return ask()
-            except AgentDown as error:
-                if incoming.ttl_left <= 0 or self._stopping.is_set():
+            except (AgentDown, Refusal) as error:
+                busy = isinstance(error, Refusal) and error.code is RefusalCode.BUSY
+                if incoming.ttl_left <= 0 or self._stopping.is_set() or (isinstance(error, Refusal) and not busy):
                     raise
-                self._greeted.clear()
+                if not busy:
+                    self._greeted.clear()
                 self._pause(error)
 
     def _greet(self) -> None:

@@ -891,7 +891,7 @@ def test_what_the_outward_door_refuses_is_in_the_journal_too(lab: Lab, door: stu
 def test_a_study_that_ran_through_all_of_this_took_no_harm(lab: Lab, bystander: StudyRecord) -> None:
     lab.reaches(bystander, State.FINISHED)
     slots = [slot for slot in lab.slots(bystander) if slot.kind == "train"]
-    assert [(slot.round, slot.attempt) for slot in slots] == [(n, 1) for n in range(1, 61)]
+    assert [(slot.round, slot.attempt) for slot in slots] == [(n, 1) for n in range(1, 61)], lab.story(bystander)
     for slot in slots:
         assert {o.state for o in lab.outcomes(bystander, slot.slot).values()} == {OutcomeState.IN}
 
