@@ -16,6 +16,7 @@ help:
 	@echo "make bench-ledger  entries a second into the ledger, in memory and on the disk, and sizes of its proofs"
 	@echo "make bench-dp    clipping each patient's gradient, beside Opacus and beside training without"
 	@echo "make bench-privacy  the same epsilon: pooled, shared noise, noise of each hospital, a hospital alone"
+	@echo "make bench-at_work  200 private steps in the running federation, an agent killed half way, and in one process"
 	@echo "make bench-imaging files a second, indexed and decoded, beside pydicom and MONAI"
 	@echo "make bench-learning  real sets: hospitals alone, together and pooled (hours; may be broken off and started again)"
 

@@ -36,7 +36,8 @@ def site(
 ) -> None:
     """For the operator at a hospital: take part in studies without an image ever leaving.
 
-    In this order: init, enrol, data connect, data check, start, preflight, study review, study approve, status.
+    In this order: init, enrol, start, data connect, data check, preflight, study review, study approve, status. For
+    studies with noise also officer trust and grant import, before study approve.
 
     Example: consilium-site --home /srv/consilium init st-anna --consortium consortium.json
     """

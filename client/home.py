@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 from privacy.identity import Document
 from privacy.roster import Address, Consortium, SiteName
 
@@ -121,9 +122,7 @@ class SiteHome:
 
     def write_config(self, config: SiteConfig) -> None:
         """Write the settings, whole or not at all."""
-        part = self.config_file.with_suffix(".part")
-        part.write_text(tomli_w.dumps(config.model_dump()), encoding="utf-8")
-        os.replace(part, self.config_file)
+        write_atomically(self.config_file, tomli_w.dumps(config.model_dump()).encode(), 0o644)
 
     def consortium(self) -> Consortium:
         """The consortium this site joined: whom it trusts."""

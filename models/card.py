@@ -31,6 +31,15 @@ _INTERVALS = (
     "In brackets stand 95 % intervals. They take every image for itself; where a patient has several, the truth is "
     "less sure than they say."
 )
+_FIGURES = (
+    "Every figure is made of sums over the images of all sites that answered. Test images had no part in training "
+    "or in choosing the round. "
+)
+_NOISED_FIGURES = (
+    "Every figure is made of noised sums over the patients of all sites that answered, each patient's images averaged "
+    "first; counts are of patients, and noised too. Test patients had no part in training or in choosing the round."
+)
+_IN_NOISE = "too little of it is left under the noise"
 _NOISED_RESULTS = (
     "The results are of sums over patients with noise on them, each patient's images averaged first, so they have no "
     "intervals: another draw of the noise would give others, most of all with few patients."
@@ -98,8 +107,9 @@ def write(facts: Facts) -> str:
         *_about(facts),
         "## Results",
         _results(facts),
-        "Every figure is made of sums over the images of all sites that answered. Test images had no part in training "
-        "or in choosing the round. " + _MEASURES[facts.spec["task"].get("kind", "classification")],
+        _NOISED_FIGURES
+        if _noised(facts.spec)
+        else _FIGURES + _MEASURES[facts.spec["task"].get("kind", "classification")],
         *_training(facts),
         "## Data",
         f"Images of {len(facts.sites)} hospitals ({_line(', '.join(facts.sites))}). No image, no list of patients and "
@@ -127,6 +137,8 @@ def _about(facts: Facts) -> list[str]:
     size = " × ".join(str(side) for side in image["size"])
     channels = f"{image['channels']} channel{'s' if image['channels'] > 1 else ''}"
     network = facts.spec["network"]
+    norm = f"norm {network.get('norm', 'group')}"
+    norm += ", weights standardised" if network.get("weight_standardisation", False) else ""
     contact = f" Questions: {_line(facts.contact)}." if facts.contact else ""
     return [
         "## What it is",
@@ -137,7 +149,7 @@ def _about(facts: Facts) -> list[str]:
                 ("question", question),
                 ("input", f"{size} {'px' if len(image['size']) == 2 else 'voxels'}, {channels}, float32"),
                 ("output", output),
-                ("network", f"{network['name']}, norm {network.get('norm', 'group')}, {facts.parameters:,} parameters"),
+                ("network", f"{network['name']}, {norm}, {facts.parameters:,} parameters"),
                 ("preparation", _steps(image.get("transforms", ())) + ", resized to the input size"),
             ],
         ),
@@ -180,9 +192,13 @@ def _noised(spec: Mapping[str, Any]) -> bool:
 
 
 def _privacy(spec: Mapping[str, Any], promise: Sequence[str]) -> list[str]:
+    left = (
+        "noised sums of patients' clipped gradients, or an update made of them, and the noised sums behind the results"
+        if _noised(spec)
+        else "an update of the weights per round and the sums behind the results"
+    )
     paragraphs = [
-        "Images stayed in the hospitals. What left each hospital was an update of the weights per round and the sums "
-        "behind the results, recorded in that hospital's own journal."
+        f"Images stayed in the hospitals. What left each hospital was {left}, recorded in that hospital's own journal."
     ]
     privacy, secagg = dict(spec.get("privacy", {})), dict(spec.get("secagg", {}))
     if privacy.get("mode", "none") == "none":
@@ -204,17 +220,20 @@ def _privacy(spec: Mapping[str, Any], promise: Sequence[str]) -> list[str]:
 def _results(facts: Facts) -> str:
     named = [*facts.metrics.values(), *facts.missing.values()]
     names = dict.fromkeys(["images", *(name for values in named for name in values)])
-    rows = []
+    rows, noised = [], _noised(facts.spec)
     for name in names:
+        if noised and name.partition(":")[0] == "auroc_error":  # a bound of the bins, which the noise is not held to
+            continue
         cells = []
         for part, values in facts.metrics.items():
             reason = facts.missing.get(part, {}).get(name)
+            reason = _IN_NOISE if reason and noised else reason
             if name in values:
                 cells.append(_figure(name, values[name]) + _bounds(name, facts.intervals.get(part, {}).get(name)))
             else:
                 cells.append(f"not known: {reason}" if reason else "")
         if any(cells):
-            rows.append((title(name), *cells))
+            rows.append(("Patients, noised" if noised and name == "images" else title(name), *cells))
     if not rows:
         return "No result was reported."
     return _table(("", *facts.metrics), rows)

@@ -63,7 +63,7 @@ _STEM: dict[str, Field] = {"stem": Choice("standard", ("standard", "small"))}
 NETWORKS: dict[str, Network] = {
     "resnet-small": Network(
         "97,000 parameters, residual; the first choice for images of 28 to 64 px on a CPU",
-        "image", 8, 4, 8, _WIDTH, architectures.encoder((16, 32, 64), (2, 2, 2), residual=2), "final"),
+        "image", 8, 8, 8, _WIDTH, architectures.encoder((16, 32, 64), (2, 2, 2), residual=2), "final"),
     "resnet10": Network(
         "4.9 million parameters, residual, for images from 64 px and volumes",
         "image", 16, 32, 8, _STEM, architectures.resnet("resnet10"), "fc"),
@@ -121,6 +121,8 @@ def problems(spec: Mapping[str, Any], size: tuple[int, ...], target: str | None 
     if norm not in NORMS:
         known = 'Write "group"; a batch norm mixes patients.' if norm == "batch" else ""
         found.append(fields.unknown("network.norm", "norm", str(norm), NORMS, known))
+    if not isinstance(section.get("weight_standardisation", False), bool):
+        found.append(Problem("network.weight_standardisation", "it is neither true nor false", "Write true or false."))
     if norm == "none" and _own_norms(spec):
         remedy = 'Write [network] norm = "group", or [local] norms = "shared".'
         found.append(Problem("local.norms", "a network without normalisation has none to keep at a site", remedy))
@@ -178,7 +180,12 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     }[kind]
     shape = Shape(spec["input"]["channels"], size, len(spec["task"]["classes"]))
     module = network.make(shape, norm, fields.read(network.parameters, section.get("parameters", {})))
-    module = transfer.freeze(adapt(module, kind, network.groups), spec, network.head)
+    module = adapt(module, kind, network.groups)
+    if section.get("weight_standardisation", False):
+        from models.standardised import standardise
+
+        module = standardise(module, network.head)
+    module = transfer.freeze(module, spec, network.head)
     check(module)
     if _own_norms(spec):
         weights.keep_local(module, norm_parameters(module))

@@ -38,6 +38,11 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
     own, head = module.state_dict(), f"{networks.NETWORKS[spec['network']['name']].head}."
     found = _read(given)
     if not any(f".{transfer.DOWN}." in name for name in own):
+        if spec["network"].get("weight_standardisation", False) and any(f".{transfer.DOWN}." in name for name in found):
+            raise ValueError(
+                "these weights have low-rank additions, and a standardised weight has no room for one: "
+                'take the weights that they were trained on, or train = "lora" again'
+            )
         found = transfer.merged(found)
     for name, tensor in own.items():
         array = found.pop(name, None)

@@ -120,8 +120,10 @@ def _taps(convolution: Any) -> int:
 
 @cache
 def _low_rank() -> dict[type, type]:
-    """torch's convolutions, and what each becomes. Transposed and grouped ones stay frozen as they are."""
+    """Convolutions, and what each becomes. Transposed ones stay frozen as they are."""
     from torch import nn
+
+    from models import standardised
 
     def with_sibling(kind: type) -> type:
         class LowRank(kind):  # type: ignore[misc]
@@ -133,4 +135,5 @@ def _low_rank() -> dict[type, type]:
 
         return LowRank
 
-    return {kind: with_sibling(kind) for kind in (nn.Conv2d, nn.Conv3d)}
+    kinds = (nn.Conv2d, nn.Conv3d, standardised.StandardisedConv2d, standardised.StandardisedConv3d)
+    return {kind: with_sibling(kind) for kind in kinds}

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from privacy.charge import Charge
 from privacy.errors import Refusal, RefusalCode
+from privacy.files import sync_folder
 from privacy.journal import Journal
 from privacy.mechanisms import Doubles, Mechanism, Words
 from privacy.noise import Source
@@ -128,7 +129,7 @@ class Airlock:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             part.unlink(missing_ok=True)
             if error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -181,11 +182,3 @@ def released_bytes(released: Released) -> bytes:
     if type(released) is not Released:
         raise TypeError("something tried to leave past the airlock")
     return released.data
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

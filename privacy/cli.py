@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from privacy.errors import ConsiliumError
 from privacy.identity import fingerprint
 from privacy.officer import Issued, Office, asks, read_study
 from privacy.terminal import out, run, show_error, table
@@ -127,7 +128,14 @@ def grant_study(
 
 
 def _handed_out(console: Console, issued: Issued, output: Path) -> None:
-    issued.document.write(output)
+    try:
+        issued.document.write(output)
+    except OSError as error:
+        raise ConsiliumError(
+            f"The paper is signed, under serial {issued.serial}, and could not be written there",
+            f"{output}: {error.strerror}",
+            f"Hand out its copy: {issued.copy}.",
+        ) from error
     console.print(
         f"Serial {issued.serial}, in [bold]{escape(str(output))}[/]; a copy stays in {escape(str(issued.copy))}."
     )

@@ -6,7 +6,6 @@ is worth nothing on another (RFC 8032 for the scheme).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from privacy.canonical import canonical, digest, parse
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
+from privacy.files import write_atomically, write_once
 
 KEY = re.compile(r"[0-9a-f]{64}\Z")
 SIGNATURE = re.compile(r"[0-9a-f]{128}\Z")
@@ -63,15 +63,11 @@ class Identity:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            write_once(path, pem)
         except FileExistsError as error:
             raise ConsiliumError(
                 "There is an identity already", str(path), "A key is never overwritten; use another folder."
             ) from error
-        with os.fdopen(handle, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
         return identity
 
     @classmethod
@@ -174,8 +170,8 @@ class Document:
         return cls(kind, body, tuple(_signature(item) for item in signatures))
 
     def write(self, path: Path) -> None:
-        """Write the document to a file that people pass on."""
-        path.write_bytes(self.encode() + b"\n")
+        """Write the document to a file that people pass on, whole or not at all."""
+        write_atomically(path, self.encode() + b"\n", 0o644)
 
     @classmethod
     def read(cls, path: Path, kind: str) -> Document:

@@ -1,8 +1,9 @@
 """Is this ledger whole? A privacy officer's check of an exported log, with nothing but the file and the rosters.
 
 Everything is worked out again: each leaf's bytes and hash, the tree up to the head, the log's signature, the sites'
-cosignatures, each release's signature, every rule of `privacy.ledger`. What a file alone cannot settle is a doubt, said
-and never passed over: entries behind the head, grants whose text is not at hand, sites that signed different requests.
+cosignatures, each release's signature, every rule of `privacy.ledger`, and what was reserved for each study that is
+given with it. What a file alone cannot settle is a doubt, said and never passed over: entries behind the head, grants
+whose text is not at hand, studies that were not given, sites that signed different requests.
 
 The file has JSON lines: first {"ledger":1,"note":…,"size":…}, the head with its cosignatures and the number of
 entries, then each entry's own bytes, oldest first.
@@ -11,7 +12,7 @@ entries, then each entry's own bytes, oldest first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -22,8 +23,10 @@ from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.ledger import LEAF_LIMIT, Abort, Account, Leaf, Step, admit
 from privacy.ledger_codes import LedgerRefusal
 from privacy.merkle import Tree
+from privacy.report import Report
+from privacy.reservation import differences
 from privacy.roster import Roster, timestamp
-from privacy.verify import Report
+from privacy.study import Study
 
 FORMAT = 1
 HEAD_LIMIT = 2 * NOTE_LIMIT
@@ -63,7 +66,12 @@ class _Check:
 
 
 def verify_ledger(
-    leaves: Iterable[bytes], note: bytes, rosters: Sequence[Roster], colluding: int, path: Path = Path("ledger")
+    leaves: Iterable[bytes],
+    note: bytes,
+    rosters: Sequence[Roster],
+    colluding: int,
+    studies: Mapping[str, Study] | None = None,
+    path: Path = Path("ledger"),
 ) -> Report:
     """Check a whole ledger against the coordinator's and the sites' pinned keys.
 
@@ -73,6 +81,7 @@ def verify_ledger(
         rosters: verified rosters of one consortium, any number of versions; the newest says who the n witnesses are,
             and all of them together which keys a site's older releases may be signed with.
         colluding: c, how many sites may lie together.
+        studies: by hash; the log must have reserved for them what they say.
         path: what the report calls the ledger.
 
     Returns:
@@ -89,19 +98,22 @@ def verify_ledger(
         head = _head(Note.decode(note), newest, colluding, report)
         _walk(leaves, check, path)
         _under(head, check, path)
+        held = _held(studies or {}, check.books, path)
     except ConsiliumError as error:
         return Report(path, "cannot be trusted", error=error)
-    _tell(report, check, head)
+    _tell(report, check, head, held)
     return report
 
 
-def verify_file(path: Path, rosters: Sequence[Roster], colluding: int) -> Report:
+def verify_file(
+    path: Path, rosters: Sequence[Roster], colluding: int, studies: Mapping[str, Study] | None = None
+) -> Report:
     """Check an exported ledger file; the arguments are those of `verify_ledger`."""
     try:
         with open(path, "rb") as file:
             note, size = _first(file.readline(HEAD_LIMIT + 1))
             counted = _Counted(file)
-            report = verify_ledger(counted, note, rosters, colluding, path)
+            report = verify_ledger(counted, note, rosters, colluding, studies, path)
     except OSError as error:
         words = f"{path}: {error.strerror}"
         fault = ConsiliumError("The file cannot be read", words, "Check the path and its permissions.")
@@ -190,14 +202,34 @@ def _under(head: Checkpoint, check: _Check, path: Path) -> None:
         )
 
 
-def _tell(report: Report, check: _Check, head: Checkpoint) -> None:
+def _held(studies: Mapping[str, Study], books: Mapping[str, Account], path: Path) -> dict[str, str]:
+    """The names, by hash, of the given studies whose RESERVE is the one that follows from them.
+
+    Raises:
+        ConsiliumError: for one of them something else was reserved.
+    """
+    names = {}
+    for hash_, study in studies.items():
+        if hash_ not in books:
+            continue
+        if wrong := differences(study, books[hash_].reserve):
+            raise ConsiliumError(
+                "What was reserved in the ledger is not what the study says",
+                f"study {study.study.name} ({hash_[:16]}), {path}: {'; '.join(wrong)}",
+                "Keep the file as evidence, and ask the coordinator how it came about; count what the study says.",
+            )
+        names[hash_] = study.study.name
+    return names
+
+
+def _tell(report: Report, check: _Check, head: Checkpoint, held: Mapping[str, str]) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in check.kinds.items())
     report.facts.append(f"all {head.size} entries are under that head, none changed, removed or put in between")
     report.facts.append(f"entries: {kinds or 'none'}; every release is signed by its site, without a gap")
     if check.tree.size > head.size:
         report.doubts.append(f"the last {check.tree.size - head.size} entries: no head over them is in this file")
     for study, account in check.books.items():
-        _tell_study(report, check, study, account)
+        _tell_study(report, check, study, account, held.get(study, ""))
     for (study, slot), site in check.different.items():
         report.doubts.append(
             f"slot {slot} of study {study[:16]}: {site} signed another request than a site before it; the coordinator "
@@ -205,7 +237,7 @@ def _tell(report: Report, check: _Check, head: Checkpoint) -> None:
         )
 
 
-def _tell_study(report: Report, check: _Check, study: str, account: Account) -> None:
+def _tell_study(report: Report, check: _Check, study: str, account: Account, name: str) -> None:
     reserve, final = account.reserve, account.final
     end = "still open" if final is None else f"aborted: {final.reason}" if isinstance(final, Abort) else (
         f"committed with {final.slots_used} slots"
@@ -217,7 +249,9 @@ def _tell_study(report: Report, check: _Check, study: str, account: Account) -> 
     report.facts.append(f"  {account.slots_used} of {reserve.slots} slots signed; it is {end}")
     counts = ", ".join(f"{site} {check.releases[study, site]}" for site in sorted(reserve.grants))
     report.facts.append(f"  releases: {counts}")
-    report.doubts.append(
-        f"study {study[:16]}: whether ε follows from its plan ({reserve.plan[:16]}), and what each officer granted: "
-        "compare the plan's and the grants' digests with the files"
-    )
+    missing = "what each officer granted: compare the grants' digests with the files"
+    if name:
+        report.facts.append(f"  its plan, slots, ε and δ are those that follow from `{name}`, the study given")
+    else:
+        missing = f"whether ε follows from its plan ({reserve.plan[:16]}): add the study's file; and {missing}"
+    report.doubts.append(f"study {study[:16]}: {missing}")

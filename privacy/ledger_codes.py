@@ -15,6 +15,8 @@ class LedgerCode(StrEnum):
 
     NOT_RESERVED = "not-reserved"
     RESERVED_TWICE = "reserved-twice"
+    RESERVE_MISSING = "reserve-missing"
+    RESERVE_WRONG = "reserve-wrong"
     NOT_GRANTED = "not-granted"
     STUDY_CLOSED = "study-closed"
     COUNTER = "counter"
@@ -38,6 +40,15 @@ LEDGER_REFUSALS: dict[LedgerCode, tuple[str, str]] = {
     LedgerCode.RESERVED_TWICE: (
         "A budget was reserved for this study already",
         "A plan runs once. A changed or repeated plan is a new study with a new hash.",
+    ),
+    LedgerCode.RESERVE_MISSING: (
+        "The log holds what this site released, and was not shown to hold a reservation before it",
+        "The coordinator shows the RESERVE of each study with the head. If it repeats, it hides it: stop, and ask why.",
+    ),
+    LedgerCode.RESERVE_WRONG: (
+        "What the log says was reserved is not what this site approved and its officer granted",
+        "The site releases nothing more for the study and cosigns no head of this log. Keep the message as evidence, "
+        "and treat the coordinator as hostile until it has explained itself.",
     ),
     LedgerCode.NOT_GRANTED: (
         "The site's officer granted this study nothing",

@@ -6,7 +6,6 @@ paper is handed out, so that no serial is ever used twice. Nothing here needs a 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from privacy.accounting import events
 from privacy.budget import Lifetime
 from privacy.claims import epsilon_rdp, rounded
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically, write_once
 from privacy.grants import Allowance, Claims, Grant, shortfalls
 from privacy.identity import Document, Identity, fingerprint
-from privacy.roster import NAME
+from privacy.roster import NAME, parse_timestamp
 from privacy.study import KIND, Study
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
@@ -67,7 +67,7 @@ class Office:
         """
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         identity = Identity.create(self.key)
-        self.public.write_text(f"{identity.public}\n", encoding="ascii")
+        write_atomically(self.public, f"{identity.public}\n".encode(), 0o644)
         return identity.public
 
     def allow(self, site: str, epsilon: str, delta: str, order: int) -> Issued:
@@ -95,8 +95,16 @@ class Office:
             raise ConsiliumError(
                 "The study does not name this site", site, f"It names {', '.join(study.sites)}; compare the spelling."
             )
-        claims = Claims.of(study)
         moment = f"{expires}T23:59:59Z" if DAY.match(expires) else expires
+        try:
+            parse_timestamp(moment)
+        except ValueError as error:
+            raise ConsiliumError(
+                "This is neither a day nor a moment",
+                f"--expires {expires}",
+                "Write a day, such as 2030-01-31 (until its end, UTC), or a moment, such as 2030-01-31T12:00:00Z.",
+            ) from error
+        claims = Claims.of(study)
 
         def paper(serial: int) -> Grant:
             made = Grant(
@@ -156,10 +164,7 @@ class Office:
         document = paper.signed(identity)
         self.issued.mkdir(exist_ok=True, mode=0o700)
         copy = self.issued / f"{site}.{serial:06d}.{paper.KIND}.json"
-        with open(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(document.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_once(copy, document.encode() + b"\n")
         return Issued(document, serial, copy)
 
     def _copies(self, site: str) -> list[tuple[int, Path]]:

@@ -33,6 +33,7 @@ classes = ["normal", "finding"]   # the label values, in order; the last of two 
 [network]
 name = "densenet-small"    # `consilium-coordinator models networks` lists them
 norm = "group"             # group | instance | none; batch normalisation mixes patients and is not offered
+weight_standardisation = false   # true: convolutions use standardised weights; with norm "group" it helps under noise
 
 [input]
 channels = 1
@@ -72,6 +73,8 @@ proximal_mu = 0.0          # fedprox: try 0.01
 beta_1 = 0.9               # fedavgm, fedadam, fedyogi
 beta_2 = 0.99              # fedadam, fedyogi
 tau = 0.001                # fedadam, fedyogi
+ema = 0.0                  # above 0: publish the moving average of the models over the rounds; try 0.9, or 0.99 for
+                           #   hundreds of rounds; costs no privacy
 
 [local]                    # what stays at a hospital and never travels; refused with noise on
 norms = "shared"           # shared | local (each hospital keeps its own normalisation: FedBN)
@@ -141,10 +144,13 @@ def explain(study: Study) -> list[tuple[str, str]]:
     size = " × ".join(str(side) for side in study.input.size)
     weights = "by its number of training images" if aggregation.weights == "examples" else "equally"
     published = (
-        "the model of the last round"
+        f"the moving average of the models over the rounds, with decay {aggregation.ema}"
+        if study.averaged
+        else "the model of the last round"
         if study.publish.choose == "last"
         else "the round with the best validation metric summed over the sites"
     )
+    standardised = ", weights standardised" if study.network.weight_standardisation else ""
     secagg = study.secagg
     hidden = secagg.mode == "on"
     leaves = (
@@ -157,7 +163,7 @@ def explain(study: Study) -> list[tuple[str, str]]:
         ("Purpose", study.study.purpose),
         ("Contact", study.study.contact or "none given"),
         ("Question", f"{study.task.kind}: {', '.join(study.task.classes)}"),
-        ("Network", f"{study.network.name}, {study.network.norm} normalisation"),
+        ("Network", f"{study.network.name}, {study.network.norm} normalisation{standardised}"),
         ("Trained", _TRAINED[study.transfer.train].format(rank=study.transfer.rank)),
         ("Images", f"{size} pixels, {study.input.channels} channel(s); split by patient"),
         (

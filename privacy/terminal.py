@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from privacy.errors import ConsiliumError
+from privacy.files import FULL
 
 DEBUG = "CONSILIUM_DEBUG"
 NARROWEST = 72
@@ -81,7 +82,8 @@ def os_error(error: OSError) -> ConsiliumError:
     what, remedy = OS_ERRORS.get(
         error.errno or 0, ("The operating system refused", "Put right what it says, then run the command again.")
     )
-    subject = str(error.filename) if error.filename is not None else (error.strerror or str(error))
+    copied = error.filename2 if error.errno in FULL else None  # of a copy, `filename` is what was read
+    subject = str(copied or error.filename) if error.filename is not None else (error.strerror or str(error))
     if (error.errno or 0) not in OS_ERRORS and error.filename is not None:
         subject = f"{error.filename}: {error.strerror}"
     return ConsiliumError(what, subject, remedy)

@@ -17,21 +17,12 @@ from typing import Any
 from privacy import journal
 from privacy.errors import ConsiliumError, Refusal
 from privacy.identity import DOCUMENT_LIMIT, Document, fingerprint
+from privacy.ledger_check import verify_file
+from privacy.report import Report
 from privacy.roster import Consortium, Enrolment, Roster
 from privacy.study import APPROVAL, KIND, Study
 
 KINDS = ("consortium", "roster", "enrolment", KIND, APPROVAL)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one file turned out to be: facts that hold, and doubts that this file alone cannot settle."""
-
-    path: Path
-    title: str
-    facts: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-    error: ConsiliumError | None = None
 
 
 @dataclass(frozen=True)
@@ -239,8 +230,6 @@ def _approval(path: Path, document: Document, known: Known) -> Report:
 
 
 def _ledger(path: Path, known: Known) -> Report:
-    from privacy.ledger_check import verify_file  # which makes a `Report`, and so imports this module
-
     newest = known.roster
     if newest is None:
         raise ConsiliumError(
@@ -256,7 +245,7 @@ def _ledger(path: Path, known: Known) -> Report:
             "One key counts for one witness. Ask the coordinator, by telephone, how that came about.",
         )
     assumed = [study.secagg.colluding for study in known.studies.values() if study.secagg.mode == "on"]
-    report = verify_file(path, known.rosters, max(assumed, default=1))
+    report = verify_file(path, known.rosters, max(assumed, default=1), known.studies)
     if report.error is not None:
         return report
     _coordinator(newest.coordinator, known, report)

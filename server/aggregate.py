@@ -185,7 +185,7 @@ def advance(
             stop = min(start + BLOCK, size)
             arrays = [_read(file, stop - start) for file in files]
             if not memory:
-                arrays += optimizer.fresh(stop - start)
+                arrays += optimizer.fresh(arrays[0])
             update = np.stack([aggregate.mean(at + start, at + stop) for at in range(0, aggregate.size, size)])
             with np.errstate(over="ignore", invalid="ignore"):
                 optimizer.step(arrays[0], update, arrays[1:], aggregate.answered)
@@ -204,7 +204,7 @@ def payload(blobs: Blobs, optimizer: Optimizer, weights: str, memory: tuple[str,
     """
     if not optimizer.sent:
         return weights
-    with blobs.writer() as writer:
+    with blobs.writer() as writer, open(blobs.path(weights), "rb") as model:
         for name in (weights, *memory[: optimizer.sent]):
             with open(blobs.path(name), "rb") as file:
                 while piece := file.read(PIECE):
@@ -212,7 +212,7 @@ def payload(blobs: Blobs, optimizer: Optimizer, weights: str, memory: tuple[str,
         if not memory:
             size = blobs.size(weights) // 4
             for start in range(0, size, BLOCK):
-                for array in optimizer.fresh(min(BLOCK, size - start))[: optimizer.sent]:
+                for array in optimizer.fresh(_read(model, min(BLOCK, size - start)))[: optimizer.sent]:
                     writer.write(array.data.cast("B"))
         return writer.commit()
 

@@ -54,11 +54,14 @@ class Attempt:
     def run(self, seconds: float, obey: Callable[[], None]) -> None:
         """Ask until it ends, at most `seconds`, then note who did not come in."""
         self._desk.canvass(self._wanted, self._hear, self._done, seconds, obey)
+        hopeless = self._hopeless()
         for site in [] if self._enough() else self._missing():
             if site in self._trouble:
                 self._settled[site] = self._trouble[site]
             elif not self._desk.enrolled(site):
                 self._settle(site, OutcomeState.LOST, RefusalCode.REVOKED, words(RefusalCode.REVOKED))
+            elif self._desk.online(site) and hopeless:
+                self._settle(site, OutcomeState.LOST, "", "not waited for, since too few others were left")
             elif self._desk.online(site):
                 self._settle(site, OutcomeState.LATE, RefusalCode.LATE, "no answer before the deadline")
             else:
@@ -86,9 +89,12 @@ class Attempt:
         guests = {s: call for s, call in self._members.guests().items() if s not in self._calls}
         return guests | {site: self._members.preparation(site) or self._calls[site] for site in self._missing()}
 
+    def _hopeless(self) -> bool:
+        return len(self.taken) + len(self._missing()) < self._minimum
+
     def _done(self) -> bool:
         missing, taken = self._missing(), len(self.taken)
-        if taken + len(missing) < self._minimum or self._enough():
+        if self._hopeless() or self._enough():
             return True
         if taken < self._minimum:
             return not missing

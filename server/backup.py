@@ -26,7 +26,8 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from sqlalchemy.engine import make_url
 
 from privacy.errors import ConsiliumError
-from server.home import CoordinatorHome, sync_folder
+from privacy.files import sync_folder
+from server.home import CoordinatorHome
 
 MAGIC = b"consilium backup 1\n\0"
 PIECE = 1 << 20

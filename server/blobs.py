@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from privacy.errors import ConsiliumError
-from server.home import sync_folder
+from privacy.files import sync_folder
 
 NAME = re.compile(r"[0-9a-f]{64}\Z")
 PIECE = 4 << 20

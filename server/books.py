@@ -1,22 +1,22 @@
 """What does the consortium's log learn of a study with noise? Reserve, every release, and the end; and who has seen it.
 
 RESERVE stands before the first slot, with every site's grant. A release is written down when a site's answer brings it,
-which is before its vector counts. Every `EVERY` slots the sites are asked to cosign a new head; what is not cosigned is
-asked for again, and a site that finds its own releases missing stops by itself (RULES B7).
+which is before its vector counts. Every `EVERY` slots the sites are asked to cosign a new head, and hand in what they
+still hold; what is not cosigned is asked for again, and a site that finds its own releases missing, or something else
+reserved than it approved, stops by itself (RULES B7).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from contextlib import suppress
 
-from privacy import accounting
-from privacy.canonical import digest, sha256
+from privacy import reservation
+from privacy.canonical import sha256
 from privacy.checkpoint import NoteSignature
 from privacy.errors import Refusal, RefusalCode
-from privacy.grants import Claims
 from privacy.identity import Identity
-from privacy.ledger import Commit, Leaf, Reserve, Step
+from privacy.ledger import Commit, Entry, Leaf, Step
 from privacy.ledger_codes import LedgerRefusal
 from server.attempt import LOST_PAUSE
 from server.desk import Call, Desk, Said, words
@@ -50,11 +50,20 @@ class Books:
         self._since: dict[str, int] = {}  # what a site cosigned last; it says so itself when it is asked first
         self._witnessed = 0
 
-    def begin(self, members: Members, obey: Callable[[], None]) -> None:
-        """Before the first slot: open the session at every site, and write RESERVE with the grants they name."""
+    def begin(self, members: Members, minimum: int, obey: Callable[[], None]) -> str:
+        """Before the first slot: open the session at every site, and write RESERVE with the grants they name.
+
+        RESERVE is written once, and whoever is not in it takes no part for good: not before enough sites are in it.
+
+        Args:
+            minimum: how many sites that is.
+
+        Returns:
+            Why it is not written yet; "" when it is.
+        """
         if (account := self._ledger.account(self._record.hash)) is not None:
             members.reserved = frozenset(account.reserve.grants)
-            return
+            return ""
 
         def wanted() -> dict[str, Call]:
             calls = {site: members.preparation(site) for site in members.ready()}
@@ -69,31 +78,23 @@ class Books:
             return LOST_PAUSE
 
         self._desk.canvass(wanted, hear, lambda: set(wanted()) <= set(refused), PATIENCE_SECONDS, obey)
-        for site in sorted(set(self._record.study.sites) - set(members.grants)):
-            why = words(refused[site]).lower() if site in refused else "it has not opened the session"
-            self._note(f"{site} takes no part, because no grant of its officer is at hand: {why}")
-        if members.grants:
-            self.reserve(members.grants)
-            members.reserved = frozenset(members.grants)
+        missing = sorted(set(self._record.study.sites) - set(members.grants))
+        why = {
+            site: words(refused[site]).lower() if site in refused else "it has not opened the session"
+            for site in missing
+        }
+        if len(members.grants) < minimum:
+            named = "; ".join(f"{site}: {why[site]}" for site in missing)
+            return f"waiting for grants of the officers of at least {minimum} sites ({named})"
+        for site in missing:
+            self._note(f"{site} takes no part, because no grant of its officer is at hand: {why[site]}")
+        self.reserve(members.grants)
+        members.reserved = frozenset(members.grants)
+        return ""
 
     def reserve(self, grants: Mapping[str, str]) -> None:
         """Write the whole plan down, once, with the digest of each site's grant."""
-        study = self._record.study
-        claims = Claims.of(study)
-        events = {
-            role: [str(event.noise_multiplier), str(event.sampling_rate), event.count]
-            for role, event in accounting.events(study, 1).items()
-        }
-        reserve = Reserve(
-            study=self._record.hash,
-            plan=digest("ledger/plan", events),
-            slots=study.slots,
-            grants=dict(grants),
-            epsilon_aggregate=_plain(claims.epsilon),
-            epsilon_broken=_plain(claims.cap),
-            delta=study.privacy.delta,
-        )
-        self._ledger.append([Leaf.of(reserve)])
+        self._ledger.append([Leaf.of(reservation.reserve(self._record.study, grants))])
 
     def hear(self, said: Said) -> None:
         """Write down the releases that an answer brings, before its vector is used.
@@ -102,11 +103,8 @@ class Books:
             Refusal: LEDGER when there is none for this very answer, or one that is not the site's next; BAD_SIGNATURE.
         """
         assert said.answer is not None
-        key, lines = self._desk.roster.site(said.site).identity, said.answer.detail.get(STEPS, "").splitlines()
         try:
-            for line in lines:
-                self._ledger.take(line.encode(), [key])
-            newest = Leaf.read(lines[-1].encode()).entry if lines else None
+            newest = self._take(said)
         except LedgerRefusal as refusal:
             raise Refusal(RefusalCode.LEDGER, said.site) from refusal
         named = (newest.slot, newest.request, newest.release) if isinstance(newest, Step) else None
@@ -137,6 +135,8 @@ class Books:
             if said.answer is None or said.answer.status == "refused" or said.site not in todo:
                 todo.discard(said.site)
                 return 0.0
+            with suppress(Refusal, LedgerRefusal):  # of a site that lies; its vectors need a release of their own
+                self._take(said)
             if "size" in said.answer.detail and said.site not in self._since:
                 self._since[said.site] = int(said.answer.detail["size"])
                 del calls[said.site]
@@ -149,14 +149,31 @@ class Books:
         self._desk.canvass(wanted, hear, lambda: all(self._desk.lost(s) for s in todo), PATIENCE_SECONDS, obey)
         return len(signed)
 
-    def commit(self) -> None:
-        """The study is done: no slot above the last one was or will be served."""
+    def close(self, sites: set[str], slots: int, obey: Callable[[], None]) -> None:
+        """The study is done: take in the releases that sites still hold, write COMMIT, and ask for cosignatures of it.
+
+        Args:
+            sites: who is asked.
+            slots: how many were opened. A site may have signed a release for the last of them that nobody waited for.
+        """
         account = self._ledger.account(self._record.hash)
         if account is not None and account.open:
-            self._ledger.append([Leaf.of(Commit(study=self._record.hash, slots_used=account.slots_used))])
+            self.witness(sites, 0, obey, now=True)
+            account = self._ledger.account(self._record.hash)
+            used = max(slots, account.slots_used if account is not None else 0)
+            self._ledger.append([Leaf.of(Commit(study=self._record.hash, slots_used=used))])
+        self.witness(sites, 0, obey, now=True)
+
+    def _take(self, said: Said) -> Entry | None:
+        """Write down every release that an answer brings; returns the last of them."""
+        assert said.answer is not None
+        key, lines = self._desk.roster.site(said.site).identity, said.answer.detail.get(STEPS, "").splitlines()
+        for line in lines:
+            self._ledger.take(line.encode(), [key])
+        return Leaf.read(lines[-1].encode()).entry if lines else None
 
     def _call(self, site: str) -> Call:
-        payload = self._ledger.proposal(site, self._since.get(site, 0)).encode()
+        payload = self._ledger.proposal(site, self._since.get(site, 0), study=self._record.hash).encode()
         document = self._desk.sign(
             "witness",
             session=self._record.session,
@@ -176,7 +193,3 @@ class Books:
             return False
         self._since[said.site] = size
         return True
-
-
-def _plain(number: Decimal) -> str:
-    return format(number.normalize(), "f")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 from rich.table import Table
 
 from models.statistics import NAMES
+from privacy.files import replacing, write_atomically
 from privacy.terminal import table
-from server.home import write_atomically
 
 ALL = "all hospitals"
 SHOWN = 4
@@ -47,9 +46,8 @@ def write(folder: Path, rows: Sequence[Row], primary: str, facts: Mapping[str, A
     for row in rows:
         if primary in row.metrics:
             dots.setdefault(row.images_of, {})[row.model] = row.metrics[primary]
-    part = folder / ".comparison.part"
-    plots.comparison(dots, part, primary)
-    os.replace(part, folder / "comparison.png")
+    with replacing(folder / "comparison.png") as part:
+        plots.comparison(dots, part, primary)
 
 
 def shown(rows: Sequence[Row], primary: str) -> Table:

@@ -73,7 +73,7 @@ def status(registry: Registry, study: str, now: datetime | None = None, ledger: 
     if validation:
         parts += ["", _trend(record, list(validation.values()))]
     if test := list(course.evaluations("test").values()):
-        parts.append(Text(f"test on {len(test[-1].sites)} sites: {_metrics(test[-1].metrics, _primary(record))}"))
+        parts.append(Text(f"test on {len(test[-1].sites)} sites: {_metrics(record, test[-1].metrics)}"))
     if ledger is not None:
         parts += ["", *section(record.study, study, slots, ledger, registry.roster()[1])]
     if hint := ABORTED if ledger is not None and aborted(ledger.account(study)) else _hint(record):
@@ -206,7 +206,8 @@ def _trend(record: StudyRecord, history: list[Evaluation]) -> Text:
     primary = _primary(record)
     values = [e.metrics[primary] for e in history if primary in e.metrics]
     if not values:
-        return Text(f"validation: {primary} is not known yet")
+        noised = record.study.privacy.mode != "none" and any("images" in e.metrics for e in history)
+        return Text(f"validation: {primary} {'cannot be told under the noise' if noised else 'is not known yet'}")
     recent = values[-40:]
     low, span = min(recent), (max(recent) - min(recent)) or 1.0
     bars = "".join(_BARS[min(7, int(8 * (value - low) / span))] for value in recent)
@@ -237,12 +238,13 @@ def _primary(record: StudyRecord) -> str:
     return tasks.get(record.study.spec()).primary
 
 
-def _metrics(metrics: object, primary: str) -> str:
+def _metrics(record: StudyRecord, metrics: object) -> str:
     values = dict(metrics) if isinstance(metrics, dict) else {}
-    order = [name for name in (primary, "accuracy", "loss", "images") if name in values]
-    return ", ".join(
-        f"{name} {values[name]:,.0f}" if name == "images" else f"{name} {values[name]:.3f}" for name in order
-    )
+    order = [name for name in (_primary(record), "accuracy", "loss", "images") if name in values]
+    noised = record.study.privacy.mode != "none"
+    names = {"images": "patients"} if noised else {}  # with noise each patient's images were averaged first
+    figures = [f"{names.get(name, name)} {values[name]:{',.0f' if name == 'images' else '.3f'}}" for name in order]
+    return ", ".join(figures) + ("; all of it with noise" if noised and figures else "")
 
 
 def _took(seconds: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 from privacy.identity import Document, Identity
 from privacy.roster import Consortium, SiteName
 
@@ -177,24 +177,3 @@ class CoordinatorHome:
         """Tell the SuperLink which node keys to let in; it reads the file every second."""
         self.run.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self.nodes_file, json.dumps(dict(nodes), indent=1, sort_keys=True).encode())
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file as a whole, durably: a crash leaves the old one or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,20 +23,22 @@ from sqlalchemy.exc import DBAPIError
 
 from privacy.checkpoint import Checkpoint, Note, NoteSignature, cosigned_at, needed, origin, valid_head, witness_name
 from privacy.errors import ConsiliumError, Refusal
+from privacy.files import sync_folder
 from privacy.identity import Identity
 from privacy.ledger import Account, Leaf, Step, admit_all
 from privacy.ledger_check import first_line
 from privacy.ledger_codes import LedgerCode, LedgerRefusal
 from privacy.merkle import Tree, leaf_hash
+from privacy.proposal import Inclusion, Proposal
 from privacy.roster import timestamp
-from privacy.witness import Inclusion, Proposal
-from server.home import sync_folder
 from server.ledger_tables import cosignatures, heads, insert, leaves, metadata, row
 from server.tables import Database
 
 CHUNK = 1000
 SHOWN = 256
 """Releases proven to a site in one proposal; it asks for the others by their hashes."""
+SHOWN_STUDIES = 64
+"""Studies whose reservation and end are proven to a site in one proposal, two entries each."""
 
 
 class Ledger:
@@ -226,12 +228,14 @@ class Ledger:
             self._refresh()
             return self._tree.consistency(old, new)
 
-    def proposal(self, site: str, since: int, pending: Sequence[bytes] = ()) -> Proposal:
+    def proposal(self, site: str, since: int, pending: Sequence[bytes] = (), study: str = "") -> Proposal:
         """The newest head, as it is put before a site for its cosignature.
 
         Args:
             since: the size of the head that the site cosigned last, by its own word.
             pending: hashes of releases that the site asks for; those written since `since` are proven without asking.
+            study: the study in which it is asked. What the coordinator wrote of that one is always shown; of the site's
+                other studies, what was written since `since`, and what goes with the releases that are proven.
 
         Raises:
             ConsiliumError: no head is signed yet, or the site names a size that this log never had.
@@ -252,11 +256,25 @@ class Ledger:
             new = db.scalars(fresh.order_by(leaves.c.place).limit(SHOWN)).all()
             cosigned = db.scalar(last)
         asked = (self.find(hash_) for hash_ in islice(pending, SHOWN))
-        places = sorted({int(p) for p in (*new, *asked) if p is not None and p < size})
+        places = {int(p) for p in (*new, *asked) if p is not None and p < size}
+        entries = self._own(site, since, size, study, places)
+        places.update(entries)
         with self._lock:
-            rows = {self._tree.leaf(p): Inclusion(p, self._tree.inclusion(p, size)) for p in places}
+            rows = {self._tree.leaf(p): Inclusion(p, self._tree.inclusion(p, size)) for p in sorted(places)}
             proof = self._tree.consistency(since, size)
-        return Proposal(note, since, proof, rows, self.note(cosigned) if cosigned is not None else None)
+        own = tuple(entries[place] for place in sorted(entries))
+        return Proposal(note, since, proof, rows, self.note(cosigned) if cosigned is not None else None, own)
+
+    def _own(self, site: str, since: int, size: int, study: str, places: Collection[int]) -> dict[int, Leaf]:
+        """Entries of the coordinator's own below `size` to show to a site, by place; of `SHOWN_STUDIES` at most."""
+        own = sa.select(leaves.c.place, leaves.c.data).where((leaves.c.site == "") & (leaves.c.place < size))
+        fresh = sa.select(leaves.c.study).where((leaves.c.site == "") & leaves.c.place.between(since, size - 1))
+        steps = sa.select(leaves.c.study).where(leaves.c.place.in_(sorted(places))).distinct()
+        with self._db.read() as db:
+            named = [study, *db.scalars(steps), *db.scalars(fresh.order_by(leaves.c.place))]
+            mine = [s for s in dict.fromkeys(named) if s in self._books and site in self._books[s].reserve.grants]
+            found = db.execute(own.where(leaves.c.study.in_(mine[:SHOWN_STUDIES]))).all()
+        return {int(place): Leaf.read(bytes(data)) for place, data in found}
 
     def export(self, path: Path, size: int | None = None) -> int:
         """Write the ledger to one file for `privacy.ledger_check.verify_file`; returns how many entries it holds.

@@ -24,6 +24,19 @@ UNDONE = {
 }
 
 
+LEDGER_SAYS_NO = frozenset(
+    {
+        RefusalCode.NO_GRANT,
+        RefusalCode.GRANT_REVOKED,
+        RefusalCode.GRANT_SPENT,
+        RefusalCode.BUDGET_SPENT,
+        RefusalCode.LEDGER,
+    }
+)
+"""Refusals that stand until people at the site have done something. To ask on would cost the others' patients a charge
+for each slot, and lead to nothing."""
+
+
 class Members:
     """The sites of one study and where each stands with this session.
 
@@ -31,6 +44,7 @@ class Members:
         decisions: what each site has decided.
         grants: site → digest of its officer's grant, of those that opened a session of a study with noise.
         reserved: the sites for which the consortium's log has reserved the plan; None where no noise is asked for.
+        stopped: site → code, of those whose own ledger has said no since then; until this process ends.
     """
 
     def __init__(self, registry: Registry, record: StudyRecord, desk: Desk) -> None:
@@ -43,6 +57,7 @@ class Members:
         self.decisions = {line.site: line.state for line in registry.approvals(record.hash)}
         self.grants: dict[str, str] = {}
         self.reserved: frozenset[str] | None = None
+        self.stopped: dict[str, str] = {}
 
     def approved(self) -> set[str]:
         """Sites that said yes and are enrolled, and for which the plan is reserved where that is needed."""
@@ -55,6 +70,10 @@ class Members:
     def ready(self) -> set[str]:
         """Those of them that are connected."""
         return {site for site in self.approved() if self._desk.online(site)}
+
+    def askable(self) -> set[str]:
+        """The approved sites that a slot may be asked of."""
+        return self.approved() - set(self.stopped)
 
     def guests(self) -> dict[str, Call]:
         """The offer, for every site that has not said yes."""
@@ -102,6 +121,8 @@ class Members:
             self._informed.pop(site, None)
         if code in UNDONE:
             self._decide(site, UNDONE[RefusalCode(code)])
+        if code in LEDGER_SAYS_NO and self.reserved is not None:
+            self.stopped[site] = code
 
     def begin(self, record: StudyRecord) -> None:
         """A new session: nobody has opened it yet."""

@@ -12,6 +12,11 @@ is float64; what is kept between rounds is float32.
                                                                (Reddi 2021, Algorithm 2, arXiv:2003.00295)
     scaffold  x ← x + η Δ;  c ← c + (answered / all sites) Δc    (Karimireddy 2020, Algorithm 1, arXiv:1910.06378)
               where c, zero at first, travels with the model and Δc with the update
+
+Whatever the rule, a study may ask for the moving average of its models, which is then what it publishes:
+
+    a ← β a + (1 − β) x, with min(β, (1 + t) / (10 + t)) for β after t rounds, and a the first x before them
+                                                    (Polyak & Juditsky 1992; so warmed up: De 2022, arXiv:2204.13650)
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from privacy.study import Aggregation
+from privacy.sections import Aggregation
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -42,8 +47,8 @@ class Optimizer(Protocol):
         """How many of the remembered arrays travel behind the model; a site answers with as many more updates."""
         ...
 
-    def fresh(self, size: int) -> list[Floats]:
-        """Those arrays before the first round, for `size` parameters."""
+    def fresh(self, weights: Floats) -> list[Floats]:
+        """Those arrays before the first round, for the model `weights` float32 [n]."""
         ...
 
     def step(self, weights: Floats, update: Doubles, memory: Sequence[Floats], answered: int = 1) -> None:
@@ -64,7 +69,7 @@ class Averaging:
     memory: int = 0
     sent: int = 0
 
-    def fresh(self, size: int) -> list[Floats]:
+    def fresh(self, weights: Floats) -> list[Floats]:
         """No arrays."""
         return []
 
@@ -82,9 +87,9 @@ class Momentum:
     memory: int = 1
     sent: int = 0
 
-    def fresh(self, size: int) -> list[Floats]:
+    def fresh(self, weights: Floats) -> list[Floats]:
         """m = 0."""
-        return [np.zeros(size, np.float32)]
+        return [np.zeros_like(weights)]
 
     def step(self, weights: Floats, update: Doubles, memory: Sequence[Floats], answered: int = 1) -> None:
         """m ← β₁ m + Δ;  x ← x + η m."""
@@ -105,9 +110,9 @@ class Adaptive:
     memory: int = 2
     sent: int = 0
 
-    def fresh(self, size: int) -> list[Floats]:
+    def fresh(self, weights: Floats) -> list[Floats]:
         """m = 0, v = τ²."""
-        return [np.zeros(size, np.float32), np.full(size, self.tau**2, np.float32)]
+        return [np.zeros_like(weights), np.full_like(weights, self.tau**2)]
 
     def step(self, weights: Floats, update: Doubles, memory: Sequence[Floats], answered: int = 1) -> None:
         """One step of Algorithm 2."""
@@ -135,9 +140,9 @@ class Scaffold:
     memory: int = 1
     sent: int = 1
 
-    def fresh(self, size: int) -> list[Floats]:
+    def fresh(self, weights: Floats) -> list[Floats]:
         """c = 0."""
-        return [np.zeros(size, np.float32)]
+        return [np.zeros_like(weights)]
 
     def step(self, weights: Floats, update: Doubles, memory: Sequence[Floats], answered: int = 1) -> None:
         """x ← x + η Δ;  c ← c + (answered / sites) Δc."""
@@ -145,8 +150,54 @@ class Scaffold:
         _move(memory[0], update[1], answered / self.sites)
 
 
-def of(aggregation: Aggregation, sites: int = 1) -> Optimizer:
-    """The rule a study names, for that many sites in all."""
+@dataclass(frozen=True)
+class Averaged:
+    """Any rule, and the moving average of its models behind what that remembers. Training goes on from the model.
+
+    `done` is t: the rounds before this one, void ones too; 0 where the average begins.
+    """
+
+    rule: Optimizer
+    decay: float
+    done: int
+
+    @property
+    def memory(self) -> int:
+        """One more than the rule's."""
+        return self.rule.memory + 1
+
+    @property
+    def sent(self) -> int:
+        """As the rule's: the average stays at the coordinator."""
+        return self.rule.sent
+
+    def fresh(self, weights: Floats) -> list[Floats]:
+        """The rule's, and a = x."""
+        return [*self.rule.fresh(weights), weights.copy()]
+
+    def step(self, weights: Floats, update: Doubles, memory: Sequence[Floats], answered: int = 1) -> None:
+        """The rule's step, then a ← β a + (1 − β) x."""
+        self.rule.step(weights, update, memory[:-1], answered)
+        decay = min(self.decay, (1 + self.done) / (10 + self.done))
+        memory[-1][...] = decay * memory[-1].astype(np.float64) + (1 - decay) * weights.astype(np.float64)
+
+
+def of(aggregation: Aggregation, sites: int = 1, done: int = 0) -> Optimizer:
+    """The rule a study names, for that many sites in all and after so many rounds."""
+    rule, decay = _rule(aggregation, sites), float(aggregation.ema)
+    return Averaged(rule, decay, done) if decay else rule
+
+
+def outcome(aggregation: Aggregation, weights: str, memory: tuple[str, ...]) -> str:
+    """The blob of what a study has come to: its model, or the average of its models where it asks for that.
+
+    Args:
+        weights, memory: of a checkpoint; no memory means that no round has counted yet.
+    """
+    return memory[-1] if float(aggregation.ema) and memory else weights
+
+
+def _rule(aggregation: Aggregation, sites: int) -> Optimizer:
     rate, strategy = float(aggregation.server_learning_rate), aggregation.strategy
     beta_1, beta_2, tau = (float(value) for value in (aggregation.beta_1, aggregation.beta_2, aggregation.tau))
     if strategy in {"fedadam", "fedyogi"}:

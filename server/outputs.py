@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
 import struct
 import zipfile
@@ -28,10 +27,11 @@ import numpy.typing as npt
 from models import additive, bundle, card, tasks
 from models.weights import Layout
 from privacy.errors import ConsiliumError
+from privacy.files import replacing, write_atomically
 from privacy.grants import Claims
 from privacy.study import Study
 from server.blobs import PIECE, Blobs
-from server.home import CoordinatorHome, sync_folder, write_atomically
+from server.home import CoordinatorHome
 from server.records import Evaluation, StudyRecord
 from server.registry import Registry
 
@@ -98,24 +98,19 @@ def assemble(initial: Path, weights: Path, out: Path) -> None:
             f"{weights.stat().st_size // 4} numbers for {layout.count} parameters",
             "Restore the folder `blobs` from your backup.",
         )
-    part = out.with_name(f".{out.name}.part")
     with open(initial, "rb") as source:
         (length,) = struct.unpack("<Q", source.read(8))
         places = {
             name: entry["data_offsets"] for name, entry in json.loads(source.read(length)).items() if name[0] != "_"
         }
         source.seek(0)
-        with open(part, "wb") as file, open(weights, "rb") as vector:
+        with replacing(out) as part, open(part, "wb") as file, open(weights, "rb") as vector:
             shutil.copyfileobj(source, file, PIECE)
             for name, trainable in zip(layout.names, layout.trainable, strict=True):
                 if trainable:
                     start, stop = places[name]
                     file.seek(8 + length + start)
                     _pour(vector, file, stop - start)
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(part, out)
-    sync_folder(out.parent)
 
 
 def export(home: CoordinatorHome, registry: Registry, record: StudyRecord, out: Path) -> list[Path]:
@@ -123,6 +118,7 @@ def export(home: CoordinatorHome, registry: Registry, record: StudyRecord, out: 
 
     Raises:
         ConsiliumError: nothing is published yet, or the folder holds something.
+        OSError: the disk is full or not writable; nothing remains in `out`.
     """
     package = next((m.package for m in registry.models() if m.study == record.hash), None)
     folder = home.study(record.hash)
@@ -135,15 +131,15 @@ def export(home: CoordinatorHome, registry: Registry, record: StudyRecord, out: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConsiliumError("The folder is not empty", str(out), "Name a new folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
-    if (folder / MODEL).is_file():
-        for path in sorted(folder.rglob("*")):
-            target = out / path.relative_to(folder)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            elif not path.name.endswith(".part"):
-                shutil.copyfile(path, target)
-    else:
-        _unpack(registry.blobs, package, out)
+    try:
+        if (folder / MODEL).is_file():
+            _copy(folder, out)
+        else:
+            _unpack(registry.blobs, package, out)
+    except BaseException:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
@@ -224,16 +220,15 @@ def _pictures(record: StudyRecord, rounds: list[dict[str, Any]], test: Evaluatio
     from models import plots  # matplotlib: heavy, and needed at the very end only
 
     task = tasks.get(record.study.spec())
-    part = folder / ".picture.part"
-    plots.curves(rounds, part, task.primary)
-    os.replace(part, folder / "curves.png")
+    with replacing(folder / "curves.png") as part:
+        plots.curves(rounds, part, task.primary)
     sums = _sums(task, test)
     if sums is None:
         return
     found = task.curves(sums)
     for name, draw in plots.drawings(found).items():
-        draw(found, part)
-        os.replace(part, folder / name)
+        with replacing(folder / name) as part:
+            draw(found, part)
 
 
 def _sums(task: tasks.Task, evaluation: Evaluation | None) -> npt.NDArray[np.float64] | None:
@@ -254,6 +249,8 @@ def _facts(
     study, spec, noised = record.study, record.study.spec(), record.study.privacy.mode != "none"
     task = tasks.get(spec)
     chosen = "the last" if study.publish.choose == "last" else "the best on the validation images of all sites"
+    if study.averaged:
+        chosen = f"the moving average of the models until then (decay {study.aggregation.ema})"
     last = next((evaluation for evaluation in reversed(history) if evaluation.round == round_), None)
     shown = {"test": test, "validation": last}
     sums = {part: found for part, one in shown.items() if (found := _sums(task, one)) is not None}
@@ -300,24 +297,28 @@ def _digest(path: Path) -> str:
 
 def _pack(folder: Path) -> Path:
     """The package for the sites; equal files give equal bytes."""
-    part = folder / f".{DELIVERY}.part"
-    with open(part, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name in DELIVERED:
-                entry = zipfile.ZipInfo(name, _EPOCH)
-                entry.external_attr = 0o644 << 16
-                entry.file_size = (folder / name).stat().st_size
-                with open(folder / name, "rb") as source, archive.open(entry, "w") as target:
-                    shutil.copyfileobj(source, target, PIECE)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / DELIVERY)
-    sync_folder(folder)
+    with replacing(folder / DELIVERY) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        for name in DELIVERED:
+            entry = zipfile.ZipInfo(name, _EPOCH)
+            entry.external_attr = 0o644 << 16
+            entry.file_size = (folder / name).stat().st_size
+            with open(folder / name, "rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, PIECE)
     return folder / DELIVERY
+
+
+def _copy(folder: Path, out: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        target = out / path.relative_to(folder)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        elif not path.name.endswith(".part"):
+            with replacing(target) as part:
+                shutil.copyfile(path, part)
 
 
 def _unpack(blobs: Blobs, package: str, out: Path) -> None:
     with zipfile.ZipFile(blobs.path(package)) as archive:
         for name in DELIVERED:
-            with archive.open(name) as source, open(out / name, "wb") as target:
+            with replacing(out / name) as part, archive.open(name) as source, open(part, "wb") as target:
                 shutil.copyfileobj(source, target, PIECE)

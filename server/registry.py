@@ -1,4 +1,4 @@
-"""What must the coordinator never forget? Sites, studies and their states; the course of each study is `Course`.
+"""What must the coordinator never forget? Sites (`Rosters`), studies and their states; a study's course is `Course`.
 
 The SuperLink keeps nothing across a restart, so this is the truth. Every change is one transaction, on the disk
 before the method returns, and every change of a study's state is checked against `TRANSITIONS`.
@@ -15,11 +15,9 @@ import sqlalchemy as sa
 from privacy.errors import ConsiliumError, Refusal
 from privacy.identity import Document
 from privacy.ledger import Abort, Leaf
-from privacy.roster import Enrolment, Roster
 from privacy.study import Study, read_signed
 from server import tables as t
 from server.blobs import Blobs
-from server.chronicle import Chronicle
 from server.course import Course
 from server.home import CoordinatorHome
 from server.ledger import Ledger
@@ -31,11 +29,12 @@ from server.records import (
     StudyRecord,
 )
 from server.ring_records import RingRecords
+from server.rosters import Rosters
 
 BUSY = LIVE | {State.REQUESTED, State.PAUSED, State.INTERRUPTED}
 
 
-class Registry(Chronicle):
+class Registry(Rosters):
     """The coordinator's memory. Any number of processes may have it open; safe between threads."""
 
     def __init__(
@@ -51,8 +50,7 @@ class Registry(Chronicle):
             ConsiliumError: it cannot be opened.
         """
         self._url = url or home.registry_url()
-        super().__init__(t.Database(self._url), now or (lambda: datetime.now(UTC)))
-        self._home = home
+        super().__init__(t.Database(self._url), now or (lambda: datetime.now(UTC)), home)
         self.blobs = Blobs(home.blobs)
 
     def ledger(self) -> Ledger:
@@ -68,59 +66,6 @@ class Registry(Chronicle):
     def close(self) -> None:
         """Let go of the database."""
         self._db.close()
-
-    # ---- sites -----------------------------------------------------------------------------------------------
-
-    def save_roster(self, document: Document, enrolment: Document | None = None) -> Roster:
-        """Keep a signed roster, one version above the last, and the enrolment that led to it; opens the door to it.
-
-        Raises:
-            Refusal: badly signed or malformed.
-            ConsiliumError: not the next version.
-        """
-        roster = Roster.verified(document, self._home.identity().public)
-        with self._db.write() as db:
-            last = db.scalar(sa.select(sa.func.max(t.rosters.c.version)))
-            if last is not None and roster.version != last + 1:
-                raise ConsiliumError(
-                    "The roster was changed by somebody else meanwhile",
-                    f"version {roster.version} after {last}",
-                    "Give the command again.",
-                )
-            db.execute(t.rosters.insert().values(version=roster.version, document=document.encode(), at=self._stamp()))
-            if enrolment is not None:
-                site = Enrolment.verified(enrolment).site
-                db.execute(
-                    t.enrolments.insert().values(
-                        site=site, version=roster.version, document=enrolment.encode(), at=self._stamp()
-                    )
-                )
-            self._event(db, "", "roster", f"roster version {roster.version}")
-        self.refresh_nodes()
-        return roster
-
-    def roster(self) -> tuple[Document, Roster]:
-        """The newest roster, as signed and as read.
-
-        Raises:
-            ConsiliumError: there is none yet.
-        """
-        with self._db.read() as db:
-            data = db.scalar(sa.select(t.rosters.c.document).order_by(t.rosters.c.version.desc()).limit(1))
-        if data is None:
-            raise ConsiliumError(
-                "No hospital is enrolled yet",
-                "",
-                "Give sites the consortium file, and add what they hand back: `consilium-coordinator sites add FILE`.",
-            )
-        document = Document.decode(bytes(data), "roster")
-        return document, Roster.verified(document, self._home.identity().public)
-
-    def refresh_nodes(self) -> dict[str, str]:
-        """Tell the SuperLink which node keys to let in now: those of sites neither revoked nor expired."""
-        nodes = {site.name: site.node_key for site in self.roster()[1].sites if site.active(self.now())}
-        self._home.write_nodes(nodes)
-        return nodes
 
     # ---- studies ---------------------------------------------------------------------------------------------
 

@@ -93,13 +93,17 @@ class Rings:
         if self.found is None or self._stale or self.found.session != self._record.session:
             return False
         place = self.found.ring.place
-        newcomers = self._members.ready() - set(self.found.members) - self._left_out - self._blamed
+        newcomers = self._there() - set(self.found.members) - self._left_out
         covered = place.first_slot <= slot <= place.last_slot
         return covered and not newcomers and len(self._usable()) >= self._plan.minimum
 
     def _usable(self) -> set[str]:
         members = set(self.found.members) if self.found else set()
-        return {site for site in self._members.approved() & members if not self._desk.lost(site)}
+        return {site for site in self._members.askable() & members if not self._desk.lost(site)}
+
+    def _there(self) -> set[str]:
+        """The sites that keys can be set up with now."""
+        return self._members.ready() & self._members.askable() - self._blamed
 
     # ---- the three exchanges ---------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class Rings:
         self._records.ready(self.found)
 
     def _keys(self, place: Place) -> dict[str, Document]:
-        there, found = self._members.ready() - self._blamed, dict[str, Document]()
+        there, found = self._there(), dict[str, Document]()
 
         def take(said: Said) -> None:
             document = said.statement("keys", Keys.KIND)

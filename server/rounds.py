@@ -20,37 +20,23 @@ from pathlib import Path
 import numpy as np
 
 from models import additive, bounds, tasks
-from privacy.errors import ConsiliumError, Refusal, RefusalCode
-from privacy.identity import Document, Identity
+from privacy.errors import Refusal
+from privacy.identity import Identity
 from privacy.messages import Kind
-from privacy.patient import EVALUATION_TRIES
 from server import optimizers
-from server.aggregate import Aggregate, Total, advance, payload
-from server.attempt import BUSY_PAUSE, Attempt
+from server.aggregate import Total, advance, payload
 from server.books import Books
 from server.delivery import deliver
-from server.desk import Call, Clock, Desk, Link, Said
+from server.desk import Clock, Desk, Link, Said
 from server.masked import Masked
 from server.members import Members
-from server.records import Evaluation, OutcomeState, SlotRecord, SlotState, State, StudyRecord
+from server.records import Evaluation, SlotRecord, SlotState, State, StudyRecord
 from server.registry import Registry
-from server.secure import KEPT_BACK, Secure, suspicion
+from server.secure import KEPT_BACK, suspicion
+from server.slots import AFTER_TRAINING, FOREVER, Halt, RoundOver, Slots
 
 APPROVAL_PATIENCE = 60.0
-FOREVER = math.inf
 Publisher = Callable[[StudyRecord, int, Path, list[Evaluation], Evaluation | None], Path]
-
-
-class Halt(Exception):
-    """The loop ends here, with the study in `state` for `reason`."""
-
-    def __init__(self, state: State, reason: str) -> None:
-        super().__init__(reason)
-        self.state, self.reason = state, reason
-
-
-class RoundOver(Exception):
-    """Sites have helped to open a sum of this round and will not do so again (RULES S4), yet nothing was opened."""
 
 
 class Loop:
@@ -74,23 +60,22 @@ class Loop:
             publish: writes the outputs and returns the package for the sites; may be called again after a crash.
             interrupted: whether this process was asked to end.
         """
-        self._registry, self._record, self._study = registry, record, record.study
+        self._registry, self._study = registry, record.study
         self._course = registry.course(record.hash)
         self._clock, self._publish, self._interrupted = clock, publish, interrupted
         self._task = tasks.get(self._study.spec())
-        self._statistics = additive.size(self._task)
-        self._minimum = self._study.aggregation.minimum_sites
         self._noised = self._study.privacy.mode != "none"
+        self._minimum = self._study.aggregation.minimum_sites
         self._identity = identity
-        self._books: Books | None = None
         self._desk = Desk(registry, record, identity, link, clock)
         self._members = Members(registry, record, self._desk)
-        self._secure = (
-            Secure(registry, record, self._desk, self._members, self._renew, self._statistics, self._obey, self._hear)
-            if self._study.secagg.mode == "on"
-            else None
-        )
+        statistics = additive.size(self._task)
+        self._slots = Slots(registry, record, self._desk, self._members, statistics, self._obey, self._state)
         self._shown: tuple[State, str] | None = None
+
+    @property
+    def _record(self) -> StudyRecord:
+        return self._slots.record
 
     def run(self) -> State:
         """Run until the study is finished, or is halted for a reason; returns its state.
@@ -103,7 +88,7 @@ class Loop:
             with ExitStack() as stack:
                 if self._noised:
                     ledger = stack.enter_context(self._registry.ledger())
-                    self._books = Books(
+                    self._slots.books = Books(
                         ledger, self._record, self._identity, self._desk,
                         lambda text: self._registry.note(self._record.hash, "waiting", text),
                     )  # fmt: skip
@@ -120,15 +105,9 @@ class Loop:
             self._train()
             self._validate()
             self._test_and_publish()
-        if self._books is not None:
-            self._books.commit()
-            self._books.witness(self._members.ready(), 0, self._obey, now=True)
+        if self._slots.books is not None:
+            self._slots.books.close(self._members.ready(), len(self._course.slots()), self._obey)
         self._deliver()
-
-    def _hear(self, said: Said) -> None:
-        """Whatever releases an answer brings are written down before its vector is used."""
-        if self._books is not None:
-            self._books.hear(said)
 
     # ---- before the first round ------------------------------------------------------------------------------
 
@@ -165,185 +144,20 @@ class Loop:
         ]
         return ", ".join(parts) or "some sites are no longer enrolled"
 
-    # ---- slots -----------------------------------------------------------------------------------------------
-
-    def _slot(
-        self, kind: Kind, round_: int, weights: str, aggregate: Total, spare: int
-    ) -> tuple[SlotRecord, tuple[str, ...]] | None:
-        """Ask until a slot has enough answers; they are in `aggregate`. None when no slot is left for it.
-
-        Args:
-            weights: blob of the model to send.
-            spare: how many slots must remain for what comes after.
-
-        Raises:
-            RoundOver: no attempt at this round can follow.
-        """
-        failures = 0
-        while True:
-            slots = self._course.slots()
-            if slots and slots[-1].state is SlotState.OPEN:
-                slot = slots[-1]
-                if (slot.kind, slot.round, slot.payload, slot.session) != (kind, round_, weights, self._record.session):
-                    raise ConsiliumError(
-                        "The registry does not fit together", f"slot {slot.slot}", "Restore the last good backup."
-                    )
-                self._course.reopen(slot.slot)
-            elif len(slots) + 1 > self._study.slots - spare:
-                return None
-            else:
-                before = [s for s in slots if (s.kind, s.round) == (kind, round_)]
-                if self._noised and kind != "train" and len(before) >= EVALUATION_TRIES:
-                    return None
-                if self._secure and any(self._secure.released(s.slot) for s in before):
-                    raise RoundOver("its sum was to be opened in a slot that came to nothing")
-                cohort = self._gather(len(slots) + 1)
-                slot = self._course.open_slot(
-                    self._new_slot(len(slots) + 1, kind, round_, 1 + len(before), weights, cohort)
-                )
-            aggregate.reset()
-            taken, problem, codes = self._attempt(slot, aggregate)
-            if not problem:
-                return slot, taken
-            self._course.close_slot(slot.slot, SlotState.FAILED, problem)
-            if self._secure and (self._secure.released(slot.slot) or RefusalCode.ROUND_OPENED in codes):
-                raise RoundOver(problem)
-            if RefusalCode.SESSION_CLOSED in codes:
-                self._registry.renew_session(self._record.hash)
-                raise Halt(
-                    State.PAUSED, "another coordinator has opened a newer session of this study; stop it, then resume"
-                )
-            failures += 1
-            self._desk.canvass(dict, lambda _: 0.0, lambda: False, min(60.0, 2.0 ** (failures - 1)), self._obey)
-
-    def _attempt(self, slot: SlotRecord, aggregate: Total) -> tuple[tuple[str, ...], str, set[str]]:
-        """Run one slot; returns who is in, why it does not count ("" when it does), and all refusal codes."""
-        call = Call.of(Document.decode(slot.request, "request"), self._registry.blobs.path(slot.payload))
-        if isinstance(aggregate, Masked):
-            assert self._secure is not None
-            taken, problem, codes = self._secure.attempt(slot, call, aggregate)
-        else:
-            assert isinstance(aggregate, Aggregate)
-            taken, problem, codes = self._plain(slot, call, aggregate)
-        if not problem and slot.kind == "train" and not aggregate.weight > 0:
-            problem = "no site has training images"
-        return taken, problem, codes
-
-    def _plain(self, slot: SlotRecord, call: Call, aggregate: Aggregate) -> tuple[tuple[str, ...], str, set[str]]:
-        """Add up answers as they are."""
-
-        def take(said: Said) -> None:
-            assert said.answer is not None
-            self._hear(said)
-            aggregate.add(said.answer, said.chunks())
-
-        attempt = Attempt(
-            self._members, self._desk, dict.fromkeys(slot.cohort, call), take, self._minimum,
-            lambda outcome: self._course.outcome(slot.slot, outcome),
-        )  # fmt: skip
-        attempt.run(self._study.rounds.deadline_seconds, self._obey)
-        problem = ""
-        if len(attempt.taken) < self._minimum:
-            problem = f"{len(attempt.taken)} of at least {self._minimum} sites answered ({attempt.summary()})"
-        return attempt.taken, problem, attempt.codes
-
-    def _new_slot(
-        self, number: int, kind: Kind, round_: int, attempt: int, weights: str, cohort: tuple[str, ...]
-    ) -> SlotRecord:
-        document = self._desk.sign(
-            kind,
-            session=self._record.session,
-            cohort=cohort,
-            payload=self._registry.blobs.path(weights),
-            payload_sha256=weights,
-            seconds=self._study.rounds.deadline_seconds,
-            slot=number,
-            round_=round_,
-            parameters=self._secure.parameters() if self._secure else self._counted(kind),
-        )
-        return SlotRecord(
-            slot=number,
-            session=self._record.session,
-            round=round_,
-            kind=kind,
-            attempt=attempt,
-            request=document.encode(),
-            hash=document.digest,
-            payload=weights,
-            cohort=cohort,
-            state=SlotState.OPEN,
-            reason="",
-            opened="",
-            closed="",
-        )
-
-    def _counted(self, kind: Kind) -> dict[str, str]:
-        """For SCAFFOLD: the last round of each site that is in the model, so that a site goes on from that state."""
-        if kind != "train" or self._study.aggregation.strategy != "scaffold":
-            return {}
-        last: dict[str, int] = {}
-        for slot in self._course.slots():
-            if slot.kind == "train" and slot.state is SlotState.DONE:
-                found = self._course.outcomes(slot.slot)
-                last |= {outcome.site: slot.round for outcome in found if outcome.state is OutcomeState.IN}
-        return {"counted": ",".join(f"{site}:{number}" for site, number in sorted(last.items()))}
-
-    def _renew(self) -> StudyRecord:
-        """Begin a new session between two slots, because the sites need new keys."""
-        self._registry.renew_session(self._record.hash)
-        self._record = self._registry.study(self._record.hash)
-        self._members.begin(self._record)
-        return self._record
-
-    def _gather(self, slot: int) -> tuple[str, ...]:
-        """The sites to ask in the next slot; waits, without using it up, until there are enough of them."""
-        failures = 0
-        while True:
-            self._wait_for_sites()
-            if self._books is not None:
-                self._books.begin(self._members, self._obey)
-            if self._secure is None:
-                return tuple(sorted(self._members.approved()))
-            if cohort := self._secure.cohort(slot):
-                self._state(State.RUNNING)
-                return cohort
-            self._state(State.RUNNING, self._secure.problem)
-            failures += 1
-            self._desk.canvass(dict, lambda _: 0.0, lambda: False, min(60.0, 2.0 ** (failures - 1)), self._obey)
-
-    def _wait_for_sites(self) -> None:
-        """Wait until enough sites are approved and connected."""
-
-        def enough() -> bool:
-            return len(self._members.ready()) >= self._minimum
-
-        def hear(said: Said) -> float:
-            self._members.hear(said)
-            return BUSY_PAUSE
-
-        self._desk.look_around()
-        if enough():
-            return
-        away = sorted(set(self._study.sites) - self._members.ready())
-        reason = f"waiting for sites to connect: {', '.join(away)} (at least {self._minimum} are needed)"
-        self._state(State.RUNNING, reason)
-        self._registry.note(self._record.hash, "waiting", reason)
-        self._desk.canvass(self._members.guests, hear, enough, FOREVER, self._obey)
-        self._state(State.RUNNING)
-
     # ---- rounds ----------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
         last = self._course.checkpoints()[-1]
         if last.round >= self._study.rounds.count:
             return
-        blobs, optimizer = self._registry.blobs, optimizers.of(self._study.aggregation, len(self._study.sites))
-        aggregate = self._aggregate(blobs.size(last.weights) // 4 * (1 + optimizer.sent))
+        blobs, rule, sites = self._registry.blobs, self._study.aggregation, len(self._study.sites)
+        aggregate = self._slots.total(blobs.size(last.weights) // 4 * (1 + optimizers.of(rule).sent))
         while last.round < self._study.rounds.count:
             began = self._clock.now()
+            optimizer = optimizers.of(rule, sites, last.round if last.memory else 0)
             sent = payload(blobs, optimizer, last.weights, last.memory)
             try:
-                found = self._slot("train", last.round + 1, sent, aggregate, spare=2)
+                found = self._slots.run("train", last.round + 1, sent, aggregate, AFTER_TRAINING)
             except RoundOver as over:
                 self._course.void_round(last.round + 1, len(self._course.slots()), str(over))
                 last = self._course.checkpoints()[-1]
@@ -367,22 +181,16 @@ class Loop:
             figures = self._training_figures(aggregate) | {"sites": float(len(taken))}
             figures["seconds"] = round(self._clock.now() - began, 3)
             self._course.commit_round(slot, weights, memory, evaluation, figures)
-            if self._books is not None:
-                self._books.witness(self._members.ready(), slot.slot, self._obey)
+            if self._slots.books is not None:
+                self._slots.books.witness(self._members.ready(), slot.slot, self._obey)
             if sent != last.weights:
                 blobs.delete(sent)
             last = self._course.checkpoints()[-1]
             best = {self._best()} if self._study.publish.choose == "best-validation" else set()
-            self._course.prune(best, KEPT_BACK if self._secure else 1)
-            looked_at = {} if self._noised or not self._secure else self._course.evaluations("validation")
+            self._course.prune(best, KEPT_BACK if self._slots.secure else 1)
+            looked_at = {} if self._noised or not self._slots.secure else self._course.evaluations("validation")
             if problem := suspicion(looked_at, slot.round - 1):
                 raise Halt(State.PAUSED, f"{problem}. Go back: {self._back(slot.round - 2)}")
-
-    def _aggregate(self, size: int) -> Total:
-        by_examples = self._study.aggregation.weights == "examples"
-        if self._secure is not None:
-            return self._secure.total(size)
-        return Aggregate(size, self._statistics, by_examples=by_examples)
 
     def _back(self, round_: int) -> str:
         return f"consilium-coordinator study resume {self._record.name} --back-to {round_}"
@@ -393,10 +201,9 @@ class Loop:
             self._evaluate("validate", last.round, spare=1)
 
     def _evaluate(self, kind: Kind, round_: int, spare: int) -> None:
-        weights = next(c.weights for c in self._course.checkpoints() if c.round == round_)
-        aggregate = self._aggregate(0)
+        weights, aggregate = self._outcome(round_), self._slots.total(0)
         try:
-            found, why = self._slot(kind, round_, weights, aggregate, spare), "no slot is left"
+            found, why = self._slots.run(kind, round_, weights, aggregate, spare), "no slot is left"
         except RoundOver as over:
             found, why = None, str(over)
         if found is None:
@@ -447,10 +254,15 @@ class Loop:
             self._evaluate("test", chosen, spare=0)
         test = self._course.evaluations("test").get(chosen)
         history = list(self._course.evaluations("validation").values())
-        weights = next(c.weights for c in self._course.checkpoints() if c.round == chosen)
-        package = self._publish(self._record, chosen, self._registry.blobs.path(weights), history, test)
+        weights = self._registry.blobs.path(self._outcome(chosen))
+        package = self._publish(self._record, chosen, weights, history, test)
         name = self._registry.blobs.put(package)
         self._registry.add_model(self._record.hash, chosen, name, test.metrics if test is not None else {})
+
+    def _outcome(self, round_: int) -> str:
+        """The blob of what is judged and published of a round: its model, or the average of the models until then."""
+        found = next(row for row in self._course.checkpoints() if row.round == round_)
+        return optimizers.outcome(self._study.aggregation, found.weights, found.memory)
 
     def _published(self) -> tuple[int, str] | None:
         found = [(m.round, m.package) for m in self._registry.models() if m.study == self._record.hash]

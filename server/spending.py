@@ -6,7 +6,6 @@ opened, which are no fewer than the sites have answered. All figures are the one
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from privacy.accounting import ROLES, Role, Tier, events
 from privacy.checkpoint import witnesses_of
 from privacy.claims import TIERS, epsilon_rdp, rounded
 from privacy.errors import ConsiliumError
+from privacy.files import replacing
 from privacy.ledger import Abort, Account
 from privacy.roster import Roster
 from privacy.study import Study
@@ -126,10 +126,9 @@ class Spending:
         axes.grid(color="#D8D8D8", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", frameon=False)
-        part = path.with_name(f".{path.name}.part")
         FigureCanvasAgg(figure)
-        figure.savefig(part, format="png", dpi=160)
-        os.replace(part, path)
+        with replacing(path) as part:
+            figure.savefig(part, format="png", dpi=160)
 
 
 def aborted(account: Account | None) -> bool:

@@ -24,6 +24,7 @@ import privacy.cli
 import privacy.welcome
 import server.cli
 from privacy.errors import REFUSALS
+from privacy.ledger_codes import LEDGER_REFUSALS
 from privacy.terminal import OS_ERRORS, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,18 +163,45 @@ def _finding(node: ast.Call) -> tuple[str, str, str] | None:
 
 
 def entries() -> list[tuple[str, str]]:
-    """(file, words) of every reason for which an entry of a study cannot stand."""
+    """(file, words) of every reason for which an entry of a study cannot stand.
+
+    They stand where a section of the study is read, where its kinds of entry are (entries, fields), and in functions
+    named `problem`, which give back the words.
+    """
     found = []
-    for path in (ROOT / "privacy" / "study.py", *sorted((ROOT / "models").glob("fields.py"))):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ValueError":
-                found.append((str(path.relative_to(ROOT)), template(node.args[0])))
+    for room in ("privacy", "models"):
+        for path in sorted((ROOT / room).glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            if path.name in {"entries.py", "fields.py"} or any(_is_section(node) for node in ast.walk(tree)):
+                found += [(str(path.relative_to(ROOT)), words) for words in _reasons(tree)]
     return sorted(set(found))
+
+
+def _is_section(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef) and any(getattr(base, "id", "") == "Section" for base in node.bases)
+
+
+def _reasons(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ValueError":
+            yield template(node.args[0])
+        elif isinstance(node, ast.FunctionDef) and node.name == "problem":
+            given = (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return) and inner.value)
+            yield from filter(None, map(template, given))
+
+
+def test_every_reason_why_an_entry_cannot_stand_is_a_sentence_that_names_an_entry() -> None:
+    files = {where for where, _ in entries()}
+    assert {"privacy/study.py", "privacy/patient.py", "privacy/entries.py", "models/fields.py"} <= files
+    for where, words in entries():
+        assert not words.rstrip().endswith((".", ":")), f"{where}: {words}"
+        assert len(words.split()) > 3 or words.startswith("{"), f"{where}: {words}"
 
 
 def test_every_error_says_what_to_what_and_what_to_do() -> None:
     lines = [f"{where}\n    {what}: {subject}\n    → {remedy}\n" for where, what, subject, remedy in errors()]
     lines += [f"refusal {code.value}\n    {what}\n    → {remedy}\n" for code, (what, remedy) in REFUSALS.items()]
+    lines += [f"ledger {code.value}\n    {what}\n    → {remedy}\n" for code, (what, remedy) in LEDGER_REFUSALS.items()]
     lines += [f"operating system, {errno.errorcode[n]}\n    {w}\n    → {r}\n" for n, (w, r) in OS_ERRORS.items()]
     lines += [f"an entry of a study, {where}\n    {words}\n" for where, words in entries()]
     held("errors.txt", "\n".join(lines))
@@ -181,7 +209,8 @@ def test_every_error_says_what_to_what_and_what_to_do() -> None:
 
 def test_every_error_has_a_remedy_in_a_sentence() -> None:
     offences = []
-    for where, what, _, remedy in [*errors(), *(("refusal", w, "", r) for w, r in REFUSALS.values())]:
+    typed = [("refusal", w, "", r) for w, r in (*REFUSALS.values(), *LEDGER_REFUSALS.values())]
+    for where, what, _, remedy in [*errors(), *typed]:
         if re.fullmatch(r"\{\w[^}]*\}", remedy):
             continue  # handed through from an error that is listed itself
         if not remedy.strip() or remedy.rstrip()[-1] not in ".?!}…" or what.rstrip().endswith((".", ":")):

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"client", "server", "models", "privacy"}
 KINDS = {".py", ".pyi", ".proto", ".html", ".css", ".js", ".toml", ".svg"}
 COMMANDS = {
-    "consilium": "privacy.welcome:main",
-    "consilium-coordinator": "server.cli:main",
-    "consilium-site": "client.cli:main",
-    "consilium-officer": "privacy.cli:main",
+    "consilium": "privacy.start:welcome",
+    "consilium-coordinator": "server.start:main",
+    "consilium-site": "client.start:main",
+    "consilium-officer": "privacy.start:officer",
 }
 
 

@@ -157,12 +157,14 @@ class Decision(_message.Message):
     def __init__(self, study: _Optional[str] = ..., decision: _Optional[str] = ..., data: _Optional[str] = ...) -> None: ...
 
 class Decided(_message.Message):
-    __slots__ = ("approval", "line")
+    __slots__ = ("approval", "line", "cautions")
     APPROVAL_FIELD_NUMBER: _ClassVar[int]
     LINE_FIELD_NUMBER: _ClassVar[int]
+    CAUTIONS_FIELD_NUMBER: _ClassVar[int]
     approval: bytes
     line: StudyLine
-    def __init__(self, approval: _Optional[bytes] = ..., line: _Optional[_Union[StudyLine, _Mapping]] = ...) -> None: ...
+    cautions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, approval: _Optional[bytes] = ..., line: _Optional[_Union[StudyLine, _Mapping]] = ..., cautions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ConnectData(_message.Message):
     __slots__ = ("name", "source")

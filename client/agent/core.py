@@ -18,7 +18,7 @@ from typing import Self
 
 from client.agent import policy
 from client.agent.calls import Calls
-from client.agent.delivery import unpack
+from client.agent.closing import Closing
 from client.agent.desk import Desk
 from client.agent.history import REFUSAL, History
 from client.agent.logbook import Logbook
@@ -88,6 +88,10 @@ class Agent:
                 self.store, self._airlock, self.desk, self._answers, self._voice, self._secure,
                 Private(self._airlock, self.purse), self._logbook,
             )  # fmt: skip
+            self._closing = Closing(
+                self.store, self.purse, self._logbook, self._workshop, self.desk, self._spool, self.models()
+            )
+            self._closing.ended()
         except BaseException:
             os.close(self._guard)
             raise
@@ -288,8 +292,11 @@ class Agent:
             return self._open(request, study, payload)
         if header.kind == "witness":
             data = into_bytes(payload, header.payload_sha256, header.payload_bytes)
-            return self._voice.done(request, self._logbook.cosign(data))
-        return self._deliver(request, row, study, payload)
+            said = self._logbook.cosign(header.study, data)
+            self._closing.ended()
+            return self._voice.done(request, said)
+        self._closing.deliver(request, row, study, payload)
+        return self._voice.done(request, {})
 
     def _offer(self, request: Request, payload: Payload) -> bytes:
         header = request.header
@@ -305,7 +312,8 @@ class Agent:
         header, held = request.header, self.desk.initial(study)
         if header.session == 0:
             raise Refusal(RefusalCode.MALFORMED)
-        granted = {"grant": self.purse.granted(study)} if study.privacy.mode != "none" else {}
+        noised = study.privacy.mode != "none" and not self.purse.closed(study.hash)  # closed: the model may still come
+        granted = {"grant": self.purse.granted(study)} if noised else {}
         if header.payload_bytes:
             if header.payload_sha256 != study.initial.sha256:
                 raise Refusal(RefusalCode.MODEL_HASH)
@@ -320,22 +328,6 @@ class Agent:
             return self._voice.done(request, {"initial": "needed"})
         self._workshop.prepare(study)
         return self._voice.done(request, {"initial": "held", **granted})
-
-    def _deliver(self, request: Request, row: StudyRow, study: Study, payload: Payload) -> bytes:
-        header = request.header
-        if header.session > row.session:
-            raise Refusal(RefusalCode.SESSION_UNKNOWN, str(header.session))
-        with self._spool.file(request, payload) as part:
-            unpack(part, self.models() / header.study, self.desk.sizes(study), row.result)
-        self.desk.leave_own(study, header.round, self.models() / header.study)
-        self.store.finish(header.study)
-        if study.privacy.mode != "none":
-            self._settle(header.study)
-        self.store.rings.wipe()
-        self._workshop.cancel(header.study, RefusalCode.SESSION_CLOSED)
-        self.desk.forget(header.study)
-        self.desk.keepsakes(study).discard()
-        return self._voice.done(request, {})
 
     def _stage(self, request: Request, study: Study, payload: Payload) -> bytes:
         header = request.header
@@ -376,13 +368,6 @@ class Agent:
         return begun if isinstance(begun, bytes) else begun.result()
 
     # ---- helpers ---------------------------------------------------------------------------------------------
-
-    def _settle(self, study: str) -> None:
-        """Give back what a finished study did not use; a ledger in doubt keeps it reserved, which is the safe side."""
-        try:
-            self.purse.settle(study, committed=True)
-        except Refusal:
-            log.exception("the privacy ledger was not settled for study %s", study)
 
     def _purse(self) -> Purse:
         """The patients' budgets, held against the journal and added up; a ledger in doubt charges nothing."""

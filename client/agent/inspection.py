@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from client.agent import agent_pb2 as pb
+from client.agent.cautions import cautions
 from client.agent.core import Agent
 from client.agent.rows import SourceRow, State
 from client.agent.seal import networked
@@ -65,6 +66,7 @@ def check(agent: Agent, name: str, progress: Progress | None = None) -> str:
     summary["checked"] = timestamp(datetime.now(UTC))
     summary["study"] = study.study.name if study is not None else ""
     summary["study_hash"] = study.hash if study is not None else ""
+    summary["cautions"] = cautions(study, _declared(row), summary["patients"]) if study is not None else []
     pairs = cohort.duplicates()
     summary["on_two_sides"] = len(pairs)
     summary["report"] = _reported(agent, row, cohort, pairs, summary)
@@ -88,8 +90,11 @@ def _reported(agent: Agent, row: SourceRow, cohort: Cohort, pairs: list[Pair], s
         return ""
 
 
-def require_training_images(agent: Agent, study: Study, name: str) -> None:
+def require_training_images(agent: Agent, study: Study, name: str) -> list[str]:
     """Whether a source has images to train this study on; read now unless a check of the same study is on record.
+
+    Returns:
+        What the operator should know of them, in words.
 
     Raises:
         ConsiliumError: it has none.
@@ -97,15 +102,17 @@ def require_training_images(agent: Agent, study: Study, name: str) -> None:
     row = source(agent, name)
     summary: dict[str, Any] = json.loads(row.summary) if row.summary else {}
     if summary.get("study_hash") == study.hash:
-        images = int(summary["split"]["train"]["images"])
+        images, patients = int(summary["split"]["train"]["images"]), int(summary["patients"])
     else:
-        images = len(agent.desk.cohort(study, row).indices("train"))
+        cohort = agent.desk.cohort(study, row)
+        images, patients = len(cohort.indices("train")), len(set(cohort.patients))
     if images == 0:
         raise ConsiliumError(
             "The source has no image to train this study on",
             name,
             "See `consilium-site data check`: are the classes and the split the study's?",
         )
+    return cautions(study, _declared(row), patients)
 
 
 def preflight(agent: Agent) -> list[pb.Finding]:

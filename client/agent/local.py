@@ -110,9 +110,14 @@ class Local(stubs.LocalServicer):
             raise ConsiliumError("There is no such decision", request.decision, f"Known: {', '.join(states)}.")
         if state is State.WITHDRAWN and row.state is not State.APPROVED:
             raise ConsiliumError("The study is not approved here", row.name, "Only an approval can be withdrawn.")
-        data = self._usable(row, request.data) if state is State.APPROVED else ""
+        data, cautions = "", list[str]()
+        if state is State.APPROVED:
+            data, cautions = self._usable(row, request.data)
+            study = self._agent.study(row.hash)
+            if study is not None and study.privacy.mode != "none":
+                cautions += [f"{text} Until then nothing is computed." for text in self._agent.purse.lacking(study)]
         approval = self._agent.decide(row.hash, state, data)
-        return pb.Decided(approval=approval, line=self._line(self._find(row.hash)))
+        return pb.Decided(approval=approval, line=self._line(self._find(row.hash)), cautions=cautions)
 
     @_guarded
     def Connect(self, request: pb.ConnectData, context: grpc.ServicerContext) -> pb.DataLine:
@@ -190,7 +195,15 @@ class Local(stubs.LocalServicer):
         """End a study's grant; a grant may name a study that the site has not seen yet."""
         hashes = [grant["study"] for grant in self._agent.purse.report()["grants"]]
         named = {study for study in hashes if len(request.study) >= SHORTEST_PREFIX and study.startswith(request.study)}
-        study = named.pop() if len(named) == 1 else self._find(request.study).hash
+        try:
+            study = named.pop() if len(named) == 1 else self._find(request.study).hash
+        except ConsiliumError as error:
+            raise ConsiliumError(
+                error.what,
+                error.subject,
+                f"{error.remedy} A study that was not offered here yet has no name here: give its hash, in full or its "
+                "beginning; `consilium-site budget` lists the grants by it.",
+            ) from error
         self._agent.purse.revoke(study)
         return pb.Imported(kind="grant", subject=study)
 
@@ -226,8 +239,8 @@ class Local(stubs.LocalServicer):
             at=row.at,
         )
 
-    def _usable(self, row: StudyRow, data: str) -> str:
-        """The data source an approval names, once network and images are known to be usable."""
+    def _usable(self, row: StudyRow, data: str) -> tuple[str, list[str]]:
+        """The data source an approval names, once network and images are known to be usable; and cautions."""
         study = self._agent.study(row.hash)
         assert study is not None
         problems = validate(study.spec())
@@ -240,8 +253,7 @@ class Local(stubs.LocalServicer):
         name = data or (sources[0].name if sources else "")
         if not name:
             raise ConsiliumError("No images are connected", row.name, "First: `consilium-site data connect NAME PATH`.")
-        inspection.require_training_images(self._agent, study, name)
-        return name
+        return name, inspection.require_training_images(self._agent, study, name)
 
 
 def _streamed(

@@ -98,10 +98,40 @@ class Papers:
             raise Refusal(RefusalCode.NO_GRANT, claims.study)
         return int(row[0])
 
+    def lacking(self, claims: Claims) -> list[str]:
+        """As `Purse.lacking`."""
+        if not self.officer():
+            return [
+                "No privacy officer is trusted here yet: `consilium-site officer trust officer.pub`, then import the "
+                "allowance and the grant that this officer writes."
+            ]
+        found = []
+        if self.lifetime() is None:
+            found.append(
+                "The privacy officer's allowance is missing: the officer writes it with `consilium-officer allow`; "
+                "here: `consilium-site grant import FILE`."
+            )
+        try:
+            self.covering(claims)
+        except Refusal:
+            newest = [grant for grant, state in self.grants() if grant.study == claims.study and state == "open"]
+            short = "; ".join(shortfalls(newest[-1], claims)) or "it has expired" if newest else ""
+            trouble = f"does not cover it ({short})" if short else "is missing"
+            found.append(
+                f"The privacy officer's grant for this study {trouble}: the officer writes it with `consilium-officer "
+                "grant`; here: `consilium-site grant import FILE`."
+            )
+        return found
+
     def digest(self, grant: int) -> str:
         """The digest of a grant by its id, 64 hex digits."""
         row = self._db.execute("SELECT document FROM grants WHERE id = ?", (grant,)).fetchone()
         return Document.decode(bytes(row[0]), Grant.KIND).digest
+
+    def digests(self, study: str) -> set[str]:
+        """As `Purse.digests`."""
+        rows = self._db.execute("SELECT document FROM grants WHERE study = ?", (study,)).fetchall()
+        return {Document.decode(bytes(data), Grant.KIND).digest for (data,) in rows}
 
     def consume(self, grant: int) -> None:
         """A plan runs on this grant now; it serves no second time."""
@@ -115,13 +145,15 @@ class Papers:
     def _take_allowance(self, paper: Allowance, data: bytes, officer: str) -> str:
         words = f"serial {paper.serial}: epsilon {paper.epsilon} at delta {paper.delta}, decided at order {paper.order}"
         if not self._newer("allowances", paper, data, officer):
-            return words
-        held, touched = self.lifetime(), self._db.execute("SELECT 1 FROM plans WHERE members > 0").fetchone()
-        if held is not None and held.order != paper.order and touched:
+            return words + (
+                "" if paper.lifetime == self.lifetime() else "; a newer one is here already, and that counts"
+            )
+        touched, fixed = self._db.execute("SELECT 1 FROM plans WHERE members > 0").fetchone(), self._order()
+        if touched and fixed and fixed != paper.order:
             raise ConsiliumError(
                 "The order of a lifetime budget cannot change once patients were charged",
-                f"{held.order} here, {paper.order} in the allowance",
-                f"Ask the officer for one at order {held.order}.",
+                f"{fixed} here, {paper.order} in the allowance",
+                f"Ask the officer for one at order {fixed}.",
             )
         self._db.execute(
             "INSERT INTO allowances (officer, serial, document) VALUES (?, ?, ?)", (officer, paper.serial, data)
@@ -162,6 +194,11 @@ class Papers:
         )
         self._event(paper.study, f"grant {paper.serial} taken")
         return words
+
+    def _order(self) -> int:
+        """The order of the newest allowance, of whichever officer (RULES B3); 0 when there is none."""
+        row = self._db.execute("SELECT document FROM allowances ORDER BY id DESC LIMIT 1").fetchone()
+        return Allowance.of(Document.decode(bytes(row[0]), Allowance.KIND)).order if row else 0
 
     def _newer(self, table: str, paper: Allowance | Grant, data: bytes, officer: str) -> bool:
         """Whether a paper is new; False for the one that is held already."""

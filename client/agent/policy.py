@@ -15,9 +15,9 @@ from privacy.canonical import parse
 from privacy.errors import Refusal, RefusalCode
 from privacy.identity import DOCUMENT_LIMIT, Document
 from privacy.messages import PROTOCOL, Header, Kind, Request
+from privacy.proposal import PROPOSAL_LIMIT
 from privacy.roster import Roster
 from privacy.study import KIND, Study, read_signed
-from privacy.witness import PROPOSAL_LIMIT
 
 OFFER_LIMIT = 8 << 20
 PAGES_LIMIT = 16 << 20

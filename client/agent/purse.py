@@ -12,18 +12,18 @@ import hmac
 import json
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from client.agent import purse_audit
+from client.agent import histories, purse_audit
 from client.agent.papers import Papers
 from privacy import budget
-from privacy.accounting import ROLES, Role
-from privacy.budget import NOTHING, History, Lifetime, Part
+from privacy.accounting import Role
+from privacy.budget import NOTHING, Part
 from privacy.charge import Charge
 from privacy.errors import Refusal, RefusalCode
 from privacy.grants import Claims
@@ -43,7 +43,6 @@ class _Plan:
     """A reserved study; `grant` is the state of the grant it runs on, empty for one closed before it began."""
 
     id: int
-    mode: str
     state: str
     grant: str
 
@@ -133,6 +132,12 @@ class Purse:
             else:
                 self._reserve(study, members, asked, claims)
 
+    def lacking(self, study: Study) -> list[str]:
+        """Which of the officer's papers a study with noise waits for, and what to do; nothing once it has begun."""
+        claims = self._claimed(study)
+        with self._lock:
+            return [] if self._plan(study.hash) is not None else self._papers.lacking(claims)
+
     def granted(self, study: Study) -> str:
         """The digest of the grant that a study runs on here, or would; nothing is changed.
 
@@ -151,16 +156,21 @@ class Purse:
             row = self._db.execute("SELECT granted FROM plans WHERE study = ?", (study.hash,)).fetchone()
             return self._papers.digest(row[0])
 
+    def digests(self, study: str) -> set[str]:
+        """The digests of all grants that this site was ever given for a study, used or revoked ones too."""
+        with self._lock:
+            return self._papers.digests(study)
+
+    def closed(self, study: str) -> bool:
+        """Whether the study is closed here for good, so that nothing can be charged for it any more."""
+        with self._lock:
+            plan = self._plan(study)
+        return plan is not None and plan.state != "reserved"
+
     def eligible(self, study: str) -> dict[str, Role]:
         """The frozen cohort: pseudonym -> role; empty before the reservation."""
         with self._lock:
-            return dict(
-                self._db.execute(
-                    "SELECT t.pseudonym, m.role FROM plans p JOIN members m ON m.plan = p.id"
-                    " JOIN patients t ON t.id = m.patient WHERE p.study = ? ORDER BY t.pseudonym",
-                    (study,),
-                ).fetchall()
-            )
+            return purse_audit.eligible(self._db, study)
 
     def charge(self, study: Study, slot: int, kind: str, round_: int, request: str) -> Charge:
         """Charge one slot of a reserved study to all its patients of the role; on the disk before it returns.
@@ -191,7 +201,7 @@ class Purse:
             ).fetchone()
             fresh = row is None
             if row is None:
-                steps, paid = self._price(plan, study, slot, kind, round_)
+                steps, paid = purse_audit.price(self._db, plan.id, study, slot, kind, round_)
                 row = (request, kind, round_, steps, paid, self._counter() + 1)
                 self._db.execute(
                     "INSERT INTO charges (study, slot, request, kind, round, steps, paid, counter)"
@@ -228,27 +238,7 @@ class Purse:
             if plan is None:
                 self._close_unbegun(study)
             elif plan.state == "reserved":
-                used = purse_audit.used(self._db, study)
-                unused = {
-                    role: part.of(part.count - used[role])
-                    for role, part in purse_audit.parts(self._db, plan.id).items()
-                }
-                rows = self._db.execute(
-                    "SELECT t.id, t.history, m.role FROM members m JOIN patients t ON t.id = m.patient"
-                    " WHERE m.plan = ? ORDER BY t.id",
-                    (plan.id,),
-                ).fetchall()
-                vectors = self._vectors(history for _, history, _ in rows)
-                moved = {
-                    (old, role): self._history(budget.refund(vectors[old], unused[role]))
-                    for old, role in {(old, role) for _, old, role in rows}
-                }
-                self._db.executemany(
-                    "UPDATE patients SET history = ? WHERE id = ?", [(moved[old, role], at) for at, old, role in rows]
-                )
-                self._db.executemany(
-                    "UPDATE parts SET held = ? WHERE plan = ? AND role = ?", [(used[r], plan.id, r) for r in ROLES]
-                )
+                histories.give_back(self._db, plan.id, purse_audit.used(self._db, study))
                 self._db.execute("UPDATE plans SET state = ? WHERE id = ?", (state, plan.id))
             else:
                 return
@@ -337,7 +327,7 @@ class Purse:
 
     def _plan(self, study: str) -> _Plan | None:
         row = self._db.execute(
-            "SELECT p.id, p.mode, p.state, ifnull(g.state, '') FROM plans p LEFT JOIN grants g ON g.id = p.granted"
+            "SELECT p.id, p.state, ifnull(g.state, '') FROM plans p LEFT JOIN grants g ON g.id = p.granted"
             " WHERE p.study = ?",
             (study,),
         ).fetchone()
@@ -372,62 +362,9 @@ class Purse:
             "INSERT INTO parts (plan, role, unit, count, held) VALUES (?, ?, ?, ?, ?)",
             [(plan, role, json.dumps(part.unit), part.count, part.count) for role, part in asked.items()],
         )
-        self._admit(plan or 0, members, asked, lifetime)
+        histories.admit(self._db, plan or 0, members, asked, lifetime)
         self._papers.consume(granted)
         self._event(study.hash, "the plan is reserved in the privacy ledger")
-
-    def _admit(self, plan: int, members: Mapping[str, Role], asked: Mapping[Role, Part], lifetime: Lifetime) -> None:
-        """Write who is in, each by his own history; what is equal is composed once."""
-        known = {name: (at, old) for at, name, old in self._db.execute("SELECT id, pseudonym, history FROM patients")}
-        untouched, last = self._history(NOTHING), max((at for at, _ in known.values()), default=0)
-        held = {(known.get(name, (0, untouched))[1], role) for name, role in members.items()}
-        vectors = self._vectors(old for old, _ in held)
-        composed = budget.compose(((vectors[old], role) for old, role in held), asked, lifetime)
-        moved = {
-            (old, role): self._history(new)
-            for old, role in sorted(held)
-            if (new := composed[vectors[old], role]) is not None
-        }
-        fresh, changed, admitted = [], [], []
-        for name in sorted(members):
-            at, old = known.get(name, (0, untouched))
-            to = moved.get((old, members[name]))
-            if to is None:
-                continue
-            if at:
-                changed.append((to, at))
-            else:
-                at = last = last + 1
-                fresh.append((at, name, to))
-            admitted.append((plan, at, members[name]))
-        self._db.executemany("INSERT INTO patients (id, pseudonym, history) VALUES (?, ?, ?)", fresh)
-        self._db.executemany("UPDATE patients SET history = ? WHERE id = ?", changed)
-        self._db.executemany("INSERT INTO members (plan, patient, role) VALUES (?, ?, ?)", sorted(admitted))
-        self._db.execute("UPDATE plans SET members = ? WHERE id = ?", (len(admitted), plan))
-
-    def _price(self, plan: _Plan, study: Study, slot: int, kind: str, round_: int) -> tuple[int, int]:
-        """Steps to charge now, and the slot that pays for them."""
-        role, steps = purse_audit.ROLE_OF[kind], 1
-        if kind == "train" and plan.mode == "per-site":
-            row = self._db.execute(
-                "SELECT slot FROM charges WHERE study = ? AND kind = 'train' AND round = ? AND steps > 0",
-                (study.hash, round_),
-            ).fetchone()
-            if row is not None:
-                return 0, int(row[0])
-            steps = study.rounds.local_steps
-        if purse_audit.used(self._db, study.hash)[role] + steps > purse_audit.parts(self._db, plan.id)[role].count:
-            raise Refusal(RefusalCode.GRANT_SPENT, str(slot))
-        return steps, slot
-
-    def _history(self, vector: History) -> int:
-        text = json.dumps(vector)
-        self._db.execute("INSERT OR IGNORE INTO histories (vector) VALUES (?)", (text,))
-        return int(self._db.execute("SELECT id FROM histories WHERE vector = ?", (text,)).fetchone()[0])
-
-    def _vectors(self, ids: Iterable[int]) -> dict[int, History]:
-        read_one = "SELECT vector FROM histories WHERE id = ?"
-        return {at: tuple(json.loads(self._db.execute(read_one, (at,)).fetchone()[0])) for at in set(ids)}
 
     def _counter(self) -> int:
         last, forgotten = self._db.execute(

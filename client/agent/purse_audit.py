@@ -11,8 +11,9 @@ from typing import Any
 from privacy import budget
 from privacy.accounting import Role
 from privacy.budget import NOTHING, History, Lifetime, Part
+from privacy.errors import Refusal, RefusalCode
 from privacy.identity import Document
-from privacy.study import KIND
+from privacy.study import KIND, Study
 
 LOST = "the privacy ledger's own tables are gone; restore the last good backup of the agent's folder"
 OTHER_KEY = (
@@ -49,10 +50,10 @@ def doubt(db: sqlite3.Connection, mark: str) -> str:
 
 
 def noised(db: sqlite3.Connection, study: str) -> bool:
-    """Whether a study that the site knows has noise."""
+    """Whether a study has noise. One that these records do not know may have had: then they are older than it."""
     row = db.execute("SELECT document FROM studies WHERE hash = ?", (study,)).fetchone()
     if row is None:
-        return False
+        return True
     privacy = Document.decode(bytes(row[0]), KIND).body.get("privacy")
     return isinstance(privacy, dict) and privacy.get("mode", "none") != "none"
 
@@ -61,6 +62,37 @@ def used(db: sqlite3.Connection, study: str) -> Counter[Role]:
     """Releases charged so far for a study, by the role that paid."""
     rows = db.execute("SELECT kind, sum(steps) FROM charges WHERE study = ? GROUP BY kind", (study,))
     return Counter({ROLE_OF[kind]: steps for kind, steps in rows})
+
+
+def eligible(db: sqlite3.Connection, study: str) -> dict[str, Role]:
+    """The frozen cohort of a study: pseudonym -> role; empty before the reservation."""
+    return dict(
+        db.execute(
+            "SELECT t.pseudonym, m.role FROM plans p JOIN members m ON m.plan = p.id"
+            " JOIN patients t ON t.id = m.patient WHERE p.study = ? ORDER BY t.pseudonym",
+            (study,),
+        ).fetchall()
+    )
+
+
+def price(db: sqlite3.Connection, plan: int, study: Study, slot: int, kind: str, round_: int) -> tuple[int, int]:
+    """How many releases a slot costs that was not charged yet, and the slot that pays for them.
+
+    Raises:
+        Refusal: GRANT_SPENT when the plan holds no more of them.
+    """
+    role, steps = ROLE_OF[kind], 1
+    if kind == "train" and study.privacy.mode == "per-site":
+        row = db.execute(
+            "SELECT slot FROM charges WHERE study = ? AND kind = 'train' AND round = ? AND steps > 0",
+            (study.hash, round_),
+        ).fetchone()
+        if row is not None:
+            return 0, int(row[0])
+        steps = study.rounds.local_steps
+    if used(db, study.hash)[role] + steps > parts(db, plan)[role].count:
+        raise Refusal(RefusalCode.GRANT_SPENT, str(slot))
+    return steps, slot
 
 
 def parts(db: sqlite3.Connection, plan: int) -> dict[Role, Part]:

@@ -141,13 +141,13 @@ class Store:
                 self.rings.destroy(study)
             self._event(study, f"{state.value} by the operator")
 
-    def finish(self, study: str) -> None:
-        """The model has arrived: the study is over, every slot is spent."""
+    def finish(self, study: str, why: str = "finished: the model has arrived") -> None:
+        """The study is over, because the model has arrived or for another reason: every slot is spent."""
         with self._transaction():
             self._db.execute("UPDATE studies SET state = 'finished' WHERE hash = ?", (study,))
             self._spend(study)
             self.rings.destroy(study)
-            self._event(study, "finished: the model has arrived")
+            self._event(study, why)
 
     def keep_result(self, study: str, result: str) -> None:
         """This site's own test result (JSON); it stays at the site."""

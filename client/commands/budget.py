@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from client.agent_client import Local
+from client.agent_client import AgentDown, Local
 from client.home import SiteHome
-from privacy.errors import ConsiliumError
-from privacy.identity import KEY, fingerprint
+from privacy.errors import ConsiliumError, Refusal
+from privacy.files import replacing
+from privacy.grants import Allowance, Grant
+from privacy.identity import KEY, Document, fingerprint
 from privacy.terminal import out, table
 
 WIDTH = 40
@@ -70,8 +73,19 @@ def import_grant(
         data = file.read_bytes()
     except OSError as error:
         raise ConsiliumError("The file cannot be read", str(file), "Check the path and its permissions.") from error
-    with Local(home.local_socket) as door:
-        taken = door.take_grant(data)
+    try:
+        with Local(home.local_socket) as door:
+            taken = door.take_grant(data)
+    except AgentDown:
+        raise
+    except ConsiliumError as error:
+        if _is_paper(data):
+            raise
+        raise ConsiliumError(
+            "This is no paper of a privacy officer",
+            str(file),
+            "Name the allowance or the grant as `consilium-officer` wrote it; if it is one, ask for it again.",
+        ) from error
     out().print(f"Taken: {taken.kind}, {escape(taken.subject)}.")
 
 
@@ -171,6 +185,7 @@ def _lifetimes(console: Console, lifetime: dict[str, Any] | None) -> None:
     rows = [(names[name], f"{part['free']:.0%}", part["spent_epsilon"]) for name, part in lifetime["room"].items()]
     console.print()
     console.print(table("room for a next study", "free", "epsilon spent", rows=rows))
+    console.print("Room is counted in Rényi divergence at that order; epsilons neither add up nor share out.")
 
 
 def _labels(bins: int) -> list[str]:
@@ -186,16 +201,29 @@ def _drawn(lifetime: dict[str, Any] | None, path: Path) -> None:
             "Import the officer's allowance first: `consilium-site grant import`.",
         )
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.bar(_labels(len(lifetime["bins"])), lifetime["bins"], color="#2563a8")
+    axes.set_ylim(0, 1.05 * max(1, *lifetime["bins"]))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(axis="x", labelrotation=45)
     axes.set_xlabel("lifetime budget reserved or spent")
     axes.set_ylabel("patients")
     axes.set_title(f"ε = {lifetime['epsilon']} at δ = {lifetime['delta']}, order {lifetime['order']}")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def _is_paper(data: bytes) -> bool:
+    """Whether these bytes are an allowance or a grant by their form; who signed it is the agent's to judge."""
+    for kind in (Allowance.KIND, Grant.KIND):
+        with suppress(Refusal):
+            Document.decode(data.strip(), kind)
+            return True
+    return False
 
 
 def _key(path: Path) -> str:

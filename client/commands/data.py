@@ -18,7 +18,8 @@ from client.agent import agent_pb2 as pb
 from client.agent_client import Local
 from client.home import SiteHome
 from privacy.errors import ConsiliumError
-from privacy.terminal import err, out, table
+from privacy.files import FULL, write_atomically
+from privacy.terminal import err, out, table, warn
 
 LOOKED_AT = 200
 """So many files at most are looked at to guess a source's kind."""
@@ -79,6 +80,8 @@ def connect(
     from client.imaging.source import Source
 
     home: SiteHome = context.obj
+    if not kind:
+        kind, path = _guessed(path, labels)
     columns = {
         "image": image_column,
         "label": label_column,
@@ -89,7 +92,7 @@ def connect(
     }
     source = Source.from_fields(
         {
-            "kind": kind or _kind(path),
+            "kind": kind,
             "path": path.absolute(),
             "labels": labels.absolute() if labels is not None else None,
             "columns": {key: value for key, value in columns.items() if value},
@@ -223,6 +226,8 @@ def _summarised(console: Console, name: str, text: str) -> None:
             for side, values in split.items()
         ]
         console.print(table("side", "images", "patients", *classes, rows=rows, title="Classes"))
+        if not summary.get("study") and not any(split.get(side, {}).get("images") for side in ("validation", "test")):
+            console.print("No study is here yet, so all stand under train: each study splits the patients by itself.")
     for title, key, column in (("Scanners", "scanners", "scanner"), ("Left out", "quarantine", "reason")):
         counts = summary.get(key)
         if isinstance(counts, dict) and counts:
@@ -236,6 +241,8 @@ def _summarised(console: Console, name: str, text: str) -> None:
         )
     if summary.get("report"):
         console.print(f"Report, for this site only: {escape(str(summary['report']))}", soft_wrap=True)
+    for caution in summary.get("cautions", []):
+        console.print(f"[yellow]Mind:[/] {escape(str(caution))}")
     prepared = f", prepared for the study {summary['study']}" if summary.get("study") else ""
     console.print(f"Checked {escape(str(summary.get('checked', '')))}{escape(prepared)}.")
 
@@ -245,10 +252,11 @@ def _copied(made: str, wanted: Path) -> None:
     try:
         page = Path(made).read_bytes() if made else None
         if page is not None:
-            with open(os.open(wanted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(page)
+            write_atomically(wanted, page)
             return
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise ConsiliumError(
             "The report cannot be copied",
             str(wanted),
@@ -259,10 +267,31 @@ def _copied(made: str, wanted: Path) -> None:
     )
 
 
-def _kind(path: Path) -> str:
-    """The kind of a source by the endings of its first files; DICOM files often have none."""
+def _guessed(path: Path, labels: Path | None) -> tuple[str, Path]:
+    """The kind of a source by the endings of its first files, and the folder or file that it then is.
+
+    Raises:
+        ConsiliumError: several npz files, and no image of another kind.
+    """
     if path.suffix == ".npz":
-        return "npz"
+        return "npz", path
+    if kind := _kind(path):
+        return kind, path
+    packed, tables = sorted(path.glob("*.npz")), sorted(path.glob("*.csv"))
+    if len(packed) > 1:
+        names = ", ".join(file.name for file in packed[:5])
+        raise ConsiliumError("The folder holds several npz files", f"{path}: {names}", "Name one of them.")
+    if packed:
+        if tables and labels is None:
+            warn(f"{tables[0].name} lies beside {packed[0].name} and is not used: name it with --labels if it should.")
+        return "npz", packed[0]
+    if path.is_dir():
+        warn(f"No ending says what the files in {path} are: taken for DICOM. Say otherwise with --kind.")
+    return "dicom", path
+
+
+def _kind(path: Path) -> str:
+    """The kind of a folder by the endings of its first files; "" when they say nothing, as of many DICOM files."""
     names = (name.lower() for _, _, files in os.walk(path) for name in files)
     for name in islice(names, LOOKED_AT):
         if name.endswith((".nii", ".nii.gz")):
@@ -271,7 +300,7 @@ def _kind(path: Path) -> str:
             return "images"
         if name.endswith(".dcm"):
             return "dicom"
-    return "dicom"
+    return ""
 
 
 def _shares(counts: Mapping[str, int], classes: Sequence[str]) -> list[str]:

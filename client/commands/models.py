@@ -45,7 +45,7 @@ def list_models(context: typer.Context) -> None:
 @app.command()
 def show(
     context: typer.Context,
-    study: Annotated[str, typer.Argument(help="The study's title, or the beginning of its hash.")],
+    study: Annotated[str, typer.Argument(help="The study's name or title, or the beginning of its hash.")],
 ) -> None:
     """Show one delivered model: its files and this hospital's own test result, which nobody else sees by name.
 
@@ -55,8 +55,7 @@ def show(
     """
     home: SiteHome = context.obj
     with Local(home.local_socket) as door:
-        models = door.models()
-    line = _found(models, study)
+        line = _found(door, study)
     console = out()
     console.print(f"[bold]{escape(line.title)}[/]\nStudy {line.study}\nFolder {escape(line.folder)}")
     try:
@@ -77,7 +76,7 @@ def show(
 @app.command()
 def compare(
     context: typer.Context,
-    study: Annotated[str, typer.Argument(help="The study's title, or the beginning of its hash.")],
+    study: Annotated[str, typer.Argument(help="The study's name or title, or the beginning of its hash.")],
 ) -> None:
     """Say what this hospital gained: train a model on its own images alone, and measure it beside the delivered one.
 
@@ -90,7 +89,7 @@ def compare(
     report = ""
     columns = (TextColumn("training alone"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Local(home.local_socket) as door:
-        line = _found(door.models(), study)
+        line = _found(door, study)
         with Progress(*columns, console=err(), transient=True) as progress:
             task = progress.add_task("alone", total=None)
             for event in door.compare(line.study):
@@ -133,8 +132,12 @@ def _gain(report: dict[str, Any]) -> str:
     return f"Together {together - alone:+.3f} {name}. {sure}"
 
 
-def _found(models: list[pb.ModelLine], name: str) -> pb.ModelLine:
-    found = [line for line in models if name and (line.study.startswith(name) or line.title == name)]
+def _found(door: Local, name: str) -> pb.ModelLine:
+    models = door.models()
+    named = {line.study for line in door.status().studies if line.name == name}
+    found = [line for line in models if line.study in named] or [
+        line for line in models if name and (line.study.startswith(name) or line.title == name)
+    ]
     if len(found) != 1:
         known = ", ".join(f"{line.study[:16]} ({line.title})" for line in models) or "none yet"
         raise ConsiliumError(

@@ -159,6 +159,8 @@ def _lists(console: Console, reply: pb.StatusReply) -> None:
     console.print()
     if reply.studies:
         console.print(study_commands.lines(list(reply.studies)))
+        for text in study_commands.refusals(list(reply.studies)):
+            console.print(escape(text), soft_wrap=True)
     else:
         console.print("No study yet.")
     console.print()

@@ -13,7 +13,7 @@ from rich.table import Table
 from client.agent import agent_pb2 as pb
 from client.agent_client import Local
 from client.home import SiteHome
-from privacy.errors import ConsiliumError
+from privacy.errors import REFUSALS, ConsiliumError, RefusalCode
 from privacy.identity import Document
 from privacy.study import APPROVAL, KIND, Study, read_signed
 from privacy.study_text import explain
@@ -51,6 +51,8 @@ def list_studies(context: typer.Context) -> None:
         )
         return
     console.print(lines(studies))
+    for text in refusals(list(studies)):
+        console.print(escape(text), soft_wrap=True)
 
 
 @app.command()
@@ -122,6 +124,8 @@ def approve(
     console = out()
     console.print(f"[green]Approved[/] {decided.line.name}{_with_data(decided.line.data)}.")
     console.print(f"Hash {decided.line.study}")
+    for caution in decided.cautions:
+        console.print(f"[yellow]Mind:[/] {escape(caution)}")
     if output is not None:
         document = Document.decode(decided.approval, APPROVAL)
         document.write(output)
@@ -164,6 +168,17 @@ def lines(studies: list[pb.StudyLine]) -> Table:
             escape(line.name), state, escape(line.data), f"{line.slot}/{line.slots}", escape(last), line.study[:16]
         )
     return shown
+
+
+def refusals(studies: list[pb.StudyLine]) -> list[str]:
+    """Of each study whose last event was a refusal, what that means and what to do."""
+    found = []
+    for line in studies:
+        code = line.last.rpartition(" refused: ")[2]
+        if code != line.last and code in set(RefusalCode):
+            what, remedy = REFUSALS[RefusalCode(code)]
+            found.append(f"{line.name} ({code}): {what}. → {remedy}")
+    return found
 
 
 def _decide(home: SiteHome, name: str, file: Path | None, decision: str, data: str = "") -> pb.Decided:

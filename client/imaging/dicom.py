@@ -24,6 +24,7 @@ from client.imaging.display import display, first, modality_values, number, of_f
 from client.imaging.geometry import Grid, stacks
 from client.imaging.header import guarded, pixel_spacing, plane_of
 from client.imaging.records import Image, Mask, Picture, Reason, Unusable, Wanted
+from client.imaging.values import finite, in_channels
 
 _PIXEL_WORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 
@@ -102,17 +103,12 @@ def _part(mask: Mask | None, index: int | list[int]) -> Mask | None:
 
 
 def _grey(values: NDArray[np.float64], stored: NDArray[Any], about: Dataset, wanted: Wanted) -> Image:
-    picture = _shown(values, stored, about, wanted)
-    return np.array(np.broadcast_to(picture, (wanted.channels, *picture.shape)))
+    return in_channels(_shown(values, stored, about, wanted)[None], wanted.channels)
 
 
 def _shown(values: NDArray[np.float64], stored: NDArray[Any], about: Dataset, wanted: Wanted) -> Image:
     if wanted.units:
-        with np.errstate(over="ignore"):
-            plain: Image = values.astype(np.float32)
-        if not np.isfinite(plain).all():
-            raise Unusable(Reason.NON_FINITE)
-        return plain
+        return finite(values)
     return display(values, about, padding(stored, about))
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
-from client.imaging.records import Image, Reason, Unusable
+from client.imaging.records import Reason, Unusable
+from client.imaging.values import finite
 
 
 def modality_values(stored: NDArray[Any], dataset: Dataset) -> NDArray[np.float64]:
@@ -41,10 +42,7 @@ def display(
         shown = 1.0 - shown
     if padding is not None:
         shown = np.where(padding, 0.0, shown)
-    picture: Image = np.clip(shown, 0.0, 1.0).astype(np.float32)
-    if not np.isfinite(picture).all():
-        raise Unusable(Reason.NON_FINITE)
-    return picture
+    return finite(np.clip(shown, 0.0, 1.0))
 
 
 def in_range(values: NDArray[Any], inside: NDArray[Any] | None = None) -> NDArray[np.float64]:

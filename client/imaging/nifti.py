@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from client.imaging.display import in_range
 from client.imaging.geometry import Grid
 from client.imaging.header import MAX_VALUES, guarded, guarded_mask
-from client.imaging.records import Image, Picture, Reason, Unusable, Wanted
+from client.imaging.records import Picture, Reason, Unusable, Wanted
+from client.imaging.values import finite, in_channels
 
 # nibabel tells of every header that it corrects; here a header is good enough or its file is left out.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -116,11 +117,8 @@ def _read(path: Path, wanted: Wanted) -> Picture:
     if not np.isfinite(values).all():
         raise Unusable(Reason.NON_FINITE)
     planes = np.moveaxis(values, 3, 0) if values.ndim == 4 else values[None]
-    with np.errstate(over="ignore"):
-        shown: Image = (planes if wanted.units else _shown(planes, image)).astype(np.float32)
-    if not np.isfinite(shown).all():
-        raise Unusable(Reason.NON_FINITE)
-    return Picture(np.array(np.broadcast_to(shown, (wanted.channels, *shown.shape[1:]))), None, spacing)
+    shown = finite(planes if wanted.units else _shown(planes, image))
+    return Picture(in_channels(shown, wanted.channels), None, spacing)
 
 
 def _shown(planes: NDArray[Any], image: Any) -> NDArray[np.float64]:

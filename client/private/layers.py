@@ -13,6 +13,9 @@ over positions, as in linear layers and convolutions, gives three more things (`
   the gradient would have without any cancellation, of which the rounding of `total` is a share;
 - `total`: the sum over patients, each times his factor, for the price of one ordinary weight gradient (the
   book-keeping of Bu 2023, arXiv 2210.00038).
+
+A convolution with standardised weights (`models.standardised`) is linear in what it computes with, not in its
+parameter; gradients by the one become gradients by the other by a matrix that is the same for every patient (`_Raw`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +32,14 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from client.private.groups import Run, per_group
+from models import standardised
 
 Runs = tuple[Run, ...]
 NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Bilinear)
 """Layers whose per-patient gradients torch.func derives."""
-SUPPORTED = (nn.Linear, nn.PReLU, *CONVOLUTIONS, *NORMS, *OTHERS)
+SUPPORTED = (*standardised.KINDS.values(), nn.Linear, nn.PReLU, *CONVOLUTIONS, *NORMS, *OTHERS)  # subclasses first
 
 _CHUNK = 1 << 24
 """Numbers in one array of pixel products, or of patches."""
@@ -68,7 +72,7 @@ def known(layer: nn.Module) -> bool:
     base = next((kind for kind in SUPPORTED if isinstance(layer, kind)), None)
     if base is None:
         return False
-    methods = ("forward", "_conv_forward", "_output_padding")
+    methods = ("forward", "_conv_forward", "_output_padding", "effective")
     return all(getattr(type(layer), name, None) is getattr(base, name, None) for name in methods)
 
 
@@ -104,6 +108,8 @@ def product(layer: nn.Module, wanted: Collection[str], inputs: tuple[Tensor, ...
     if isinstance(layer, nn.Linear):
         x = inputs[0]
         return _Linear(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1]))
+    if isinstance(layer, standardised.Standardised):
+        return _Raw(_convolution(layer, inputs[0], g), standardised.Pullback(layer))
     if isinstance(layer, _ConvNd):
         return _convolution(layer, inputs[0], g)
     return None
@@ -261,6 +267,43 @@ class _Convolution:
             outputs = g[at : at + step].flatten(3).movedim(1, 2).flatten(2)  # [c, O, k · T]
             found = torch.bmm(outputs, patches.transpose(1, 2))
             yield run.first + at, found.reshape(len(part), *self.weight.shape)
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """The weight behind a standardised one, whose own gradients `inner` makes; it has at most one group for `squares`.
+
+    For each output channel a gradient g becomes s (g − mean g − u (u · g)), of squared norm s² (‖g‖² − K (mean g)² −
+    (u · g)²). So `inner` gives the first term from gradients of the outputs times s, and for the others the inputs are
+    convolved once more, with u and with ones. As terms cancel, that is float64 too; the rounding of `total` is a
+    share of the reach that has s in it.
+    """
+
+    inner: _Convolution
+    pull: standardised.Pullback
+
+    def cost(self, runs: Runs) -> float:
+        positions = len(self.inner.x) * math.prod(self.inner._maps()[1].shape[2:])
+        return self.inner.cost(runs) + 2.0 * positions * self.inner.weight.numel()
+
+    def patients(self, runs: Runs) -> Iterator[tuple[int, Tensor]]:
+        for first, each in self.inner.patients(runs):
+            yield first, self.pull(each)
+
+    def squares(self, runs: Runs) -> tuple[Tensor, Tensor]:
+        inner, layer = self.inner, self.pull.layer
+        taps = (1,) * len(layer.kernel_size)
+        g = inner.g.double() * self.pull.scale.double().reshape(1, -1, *taps)
+        squares, reaches = replace(inner, g=g).squares(runs)
+        unit, outputs = layer.joined(self.pull.unit).double(), 1 if layer.transposed else 0
+        ones = torch.full_like(unit.narrow(outputs, 0, 1), layer.length**-0.5)
+        shown = torch.convolution(inner.x.double(), torch.cat([unit, ones], outputs), None, *inner.arguments)
+        for part in (shown[:, :-1], shown[:, -1:]):
+            squares -= per_group((part * g).flatten(2).sum(2), runs).square().sum(1)
+        return squares.clamp(min=0), reaches
+
+    def total(self, scale: Tensor, dead: Tensor) -> Tensor:
+        return self.pull(self.inner.total(scale, dead))
 
 
 def _convolution(layer: _ConvNd, x: Tensor, g: Tensor) -> _Convolution:

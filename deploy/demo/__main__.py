@@ -170,7 +170,7 @@ def _compare(federation: Federation, dealt: Deal, study: Study, result: Path, co
         ("hospitals", ", ".join(study.sites)),
         ("split", "by patient; the set's own split where it brings one"),
     ]
-    return page.write(result, dealt.title, dealt.origin, cohorts, broken, together, single, facts)
+    return page.write(result, study, dealt.title, dealt.origin, cohorts, broken, together, single, facts)
 
 
 def _environment() -> dict[str, str]:

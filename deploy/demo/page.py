@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from client.imaging import Cohort, Membership
 from models import plots
+from privacy.grants import Claims
+from privacy.study import Study
 from privacy.study_text import S8
 
 COLUMNS = 8
@@ -41,8 +43,27 @@ def contact_sheet(cohort: Cohort, path: Path, rows: int = 2) -> None:
         figure.savefig(path)
 
 
+def promised(study: Study) -> str:
+    """What the study promises to patients, and what it does not, in HTML (RULES S8, N7)."""
+    secure = "It has <b>secure aggregation</b>: the coordinator saw sums over the hospitals only."
+    if study.secagg.mode == "off":
+        secure = "It has <b>no secure aggregation</b>: the coordinator saw each hospital's own update."
+    if study.privacy.mode == "none":
+        curious = f" {_text(S8)}" if study.secagg.mode == "on" else ""
+        return f"This study has <b>no differential privacy</b>. {secure}{curious}"
+    claims = Claims.of(study)
+    tiers = f"ε {claims.epsilon:f} at δ {claims.delta:f} against everyone who sees only sums"
+    if claims.cap != claims.epsilon:
+        tiers += f", ε {claims.cap:f} if secure aggregation were wholly broken"
+    return (
+        f"This study has <b>differential privacy</b> for each patient at one hospital: {tiers}; over several hospitals "
+        f"group privacy applies. {secure}"
+    )
+
+
 def write(
     folder: Path,
+    study: Study,
     title: str,
     origin: str,
     cohorts: Mapping[str, Cohort],
@@ -54,6 +75,7 @@ def write(
     """Write index.html and its pictures into `folder`, beside the study's exported files, and return its path.
 
     Args:
+        study: what was run; what it promises stands at the top.
         origin: one sentence on where the images come from.
         cohorts: images by hospital, for counts and contact sheets.
         broken: {hospital: {reason: files left out}}.
@@ -79,9 +101,7 @@ def write(
         f"<h1>{_text(title)}</h1>",
         f"<p>{lead}</p>",
         f'<p class="soft">{_text(origin)}</p>',
-        '<p class="warn">This study has <b>no differential privacy</b>. It has <b>secure aggregation</b>: the '
-        f"coordinator saw sums over the hospitals only. {_text(S8)} It shows how the parts work together, on images "
-        "that anyone may see.</p>",
+        f'<p class="warn">{promised(study)} It shows how the parts work together, on images that anyone may see.</p>',
         "<h2>Together and alone</h2>",
         _results(together, alone),
         _figure("comparison.png", "The same test images, the same number of training steps, the same first weights."),

@@ -26,6 +26,7 @@ from models.fields import Problem
 from models.intervals import Interval
 from models.statistics import Floats
 from models.tasks import common
+from models.tasks.base import Findings, fit, leading
 
 if TYPE_CHECKING:
     import torch
@@ -35,19 +36,19 @@ MOST_CLASSES = 100
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Findings):
     """See `models.tasks.Task`.
 
     Attributes:
         classes: their names; a target is an index into them.
         batch_size: the study's batch size, the fixed denominator of the loss.
         noised: whether the sums will carry noise.
+
+    The figures are loss, accuracy, balanced_accuracy, f1, auroc, auroc_error (the bound of the bins, not a standard
+    error) and calibration_error; for two classes sensitivity and specificity as well. With three or more classes the
+    calibration error is the mean over classes (Kull 2019, arXiv 1910.12656).
     """
 
-    classes: tuple[str, ...]
-    batch_size: int
-    noised: bool = False
-    primary: str = "auroc"
     target: Literal["class"] = TARGET
 
     @property
@@ -62,28 +63,15 @@ class Classification:
         return [*common.LEADING, ("confusion", self.outputs * self.outputs), *findings]
 
     @property
-    def size(self) -> int:
-        """Numbers in a statistics vector."""
-        return sum(size for _, size in self.layout)
-
-    @property
     def _found(self) -> tuple[str, ...]:
         """The classes that have a pair of histograms."""
-        return self.classes[-1:] if len(self.classes) == 2 else self.classes
-
-    @property
-    def _bins(self) -> int:
-        return common.bins_for(len(self._found), noised=self.noised)
+        return self.classes[-1:] if self.outputs == 2 else self.classes
 
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each image: float32 [n] from raw scores [n, K] and class indices int64 [n]."""
         from torch.nn.functional import cross_entropy
 
         return cross_entropy(outputs, targets, reduction="none")
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum of `losses` over the study's batch size. No class weights: they would be counted from patients."""
-        return self.losses(outputs, targets).sum() / self.batch_size
 
     def statistics(
         self, scores: NDArray[Any], targets: NDArray[Any], losses: NDArray[Any], spacing: NDArray[Any] | None = None
@@ -105,38 +93,16 @@ class Classification:
             ValueError: the arrays do not belong together, or a target is no index of a class.
         """
         values, truth, terms = np.asarray(scores, np.float64), np.asarray(targets, np.int64), np.asarray(losses)
-        if values.shape != (len(truth), self.outputs) or terms.shape != truth.shape or truth.ndim != 1:
-            raise ValueError(
-                f"scores {values.shape}, targets {truth.shape} and losses {terms.shape} do not belong together"
-            )
+        fits = fit(values, truth, terms, (self.outputs,), ())
         if len(truth) and not (truth.min() >= 0 and truth.max() < self.outputs):
             raise ValueError(f"a target is outside 0 to {self.outputs - 1}")
-        good = np.isfinite(values).all(axis=1) & np.isfinite(terms)
-        values, truth, terms = values[good], truth[good], terms[good]
+        values, truth = values[fits], truth[fits]
         margins = statistics.margins(values)
-        pieces: list[Any] = [len(good), np.count_nonzero(~good), terms.sum(dtype=np.float64)]
-        pieces.append(statistics.confusion(values.argmax(axis=1), truth, self.outputs))
+        pieces = [*leading(fits, terms), statistics.confusion(values.argmax(axis=1), truth, self.outputs)]
         for name in self._found:
             index = self.classes.index(name)
             pieces += common.finding_sums(margins[:, index], truth == index, self._bins)
         return common.vector(pieces)
-
-    def metrics(self, statistics: NDArray[Any]) -> dict[str, float]:
-        """The figures of a statistics vector [size], all finite.
-
-        Keys: images, invalid, and where they can be known loss, accuracy, balanced_accuracy, f1, auroc, auroc_error
-        (the bound of the bins, not a standard error) and calibration_error; for two classes sensitivity and
-        specificity as well. With three or more classes the calibration error is the mean over classes (Kull 2019,
-        arXiv 1910.12656).
-
-        Raises:
-            ValueError: the vector has another size or holds a number that is not finite.
-        """
-        return self._evaluate(statistics)[0]
-
-    def missing(self, statistics: NDArray[Any]) -> dict[str, str]:
-        """Why each metric that `metrics` leaves out cannot be known."""
-        return self._evaluate(statistics)[1]
 
     def intervals(self, statistics: NDArray[Any]) -> dict[str, Interval]:
         """95 % confidence intervals of accuracy, AUROC, balanced accuracy, sensitivity and specificity."""
@@ -164,18 +130,17 @@ class Classification:
             **common.finding_curves(parts, self._found),
         }
 
-    def _evaluate(self, vector: NDArray[Any]) -> tuple[dict[str, float], dict[str, str]]:
-        parts = common.parts(self.layout, vector)
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        names = ("accuracy", "balanced_accuracy", "f1", "auroc", "auroc_error", "calibration_error")
+        return (*names, "sensitivity", "specificity") if self.outputs == 2 else names
+
+    def _images(self, parts: Mapping[str, Floats]) -> float:
+        return float(parts["confusion"].sum())
+
+    def _measure(self, parts: Mapping[str, Floats], found: dict[str, float], missing: dict[str, str]) -> None:
         table = parts["confusion"].reshape(self.outputs, self.outputs)
-        images = float(table.sum())
-        found = {"images": images, "invalid": float(parts["invalid"][0])}
-        missing: dict[str, str] = {}
-        if not images > 0:
-            names = ("loss", "accuracy", "balanced_accuracy", "f1", "auroc", "auroc_error", "calibration_error")
-            two = ("sensitivity", "specificity") if self.outputs == 2 else ()
-            return found, dict.fromkeys((*names, *two), common.NO_IMAGE)
-        found["loss"] = float(parts["loss"][0] / images)
-        found["accuracy"] = float(np.trace(table) / images)
+        found["accuracy"] = float(np.trace(table) / found["images"])
         recalls, f1_scores = statistics.recalls(table), statistics.f1_scores(table)
         absent = [name for name, recall in zip(self.classes, recalls, strict=True) if recall is None]
         without = f"no image of class {', '.join(absent)} was scored"
@@ -186,7 +151,6 @@ class Classification:
             f1_scores = f1_scores[1:]
         common.keep(found, missing, "f1", f1_scores, without)
         common.keep_findings(found, missing, parts, self._found, without)
-        return found, missing
 
 
 def create(spec: Mapping[str, Any]) -> Classification:

@@ -25,6 +25,7 @@ from models.fields import Problem
 from models.intervals import Interval
 from models.statistics import Floats
 from models.tasks import common
+from models.tasks.base import Findings, fit, leading
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +35,18 @@ MOST_CLASSES = 40
 
 
 @dataclass(frozen=True)
-class MultiLabel:
+class MultiLabel(Findings):
     """See `models.tasks.Task`. Targets are float32 [n, K]: 1, 0 or NaN.
 
     Attributes:
         classes: names of the findings.
         batch_size: the study's batch size, the fixed denominator of the loss.
         noised: whether the sums will carry noise.
+
+    The figures are loss, exact_match, and as means over findings auroc, auroc_error, calibration_error,
+    balanced_accuracy, f1; per finding auroc:name, sensitivity:name and specificity:name.
     """
 
-    classes: tuple[str, ...]
-    batch_size: int
-    noised: bool = False
-    primary: str = "auroc"
     target: Literal["labels"] = TARGET
 
     @property
@@ -57,15 +57,6 @@ class MultiLabel:
         ]
         return [*common.LEADING, ("exact", 1), *findings]
 
-    @property
-    def size(self) -> int:
-        """Numbers in a statistics vector."""
-        return sum(size for _, size in self.layout)
-
-    @property
-    def _bins(self) -> int:
-        return common.bins_for(len(self.classes), noised=self.noised)
-
     def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy of each image, the mean over all K findings: float32 [n] from raw scores [n, K]."""
         import torch
@@ -74,10 +65,6 @@ class MultiLabel:
         known = ~torch.isnan(targets)
         terms = binary_cross_entropy_with_logits(outputs, torch.where(known, targets, 0.0), reduction="none")
         return torch.where(known, terms, 0.0).mean(1)
-
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum of `losses` over the study's batch size. No class weights: they would be counted from patients."""
-        return self.losses(outputs, targets).sum() / self.batch_size
 
     def statistics(
         self, scores: NDArray[Any], targets: NDArray[Any], losses: NDArray[Any], spacing: NDArray[Any] | None = None
@@ -99,17 +86,13 @@ class MultiLabel:
             ValueError: the arrays do not belong together, or a target is another number.
         """
         values, truth, terms = np.asarray(scores, np.float64), np.asarray(targets, np.float64), np.asarray(losses)
-        if values.shape != (len(terms), len(self.classes)) or truth.shape != values.shape or terms.ndim != 1:
-            raise ValueError(
-                f"scores {values.shape}, targets {truth.shape} and losses {terms.shape} do not belong together"
-            )
+        fits = fit(values, truth, terms, (len(self.classes),), (len(self.classes),))
         if not np.isin(truth[~np.isnan(truth)], (0.0, 1.0)).all():
             raise ValueError("a target is neither 0 nor 1 nor NaN")
-        good = np.isfinite(values).all(axis=1) & np.isfinite(terms)
-        values, truth, terms = values[good], truth[good], terms[good]
+        values, truth = values[fits], truth[fits]
         known, told = ~np.isnan(truth), values >= 0
         exact = np.count_nonzero((~known | (told == (truth == 1))).all(axis=1))
-        pieces: list[Any] = [len(good), np.count_nonzero(~good), terms.sum(dtype=np.float64), exact]
+        pieces = [*leading(fits, terms), exact]
         for index in range(len(self.classes)):
             rows = known[:, index]
             finding, marked, margin = truth[rows, index] == 1, told[rows, index], values[rows, index]
@@ -117,22 +100,6 @@ class MultiLabel:
             pieces.append([finding.sum() - hits[0], hits[0], (~finding).sum() - hits[1], hits[1]])
             pieces += common.finding_sums(margin, finding, self._bins)
         return common.vector(pieces)
-
-    def metrics(self, statistics: NDArray[Any]) -> dict[str, float]:
-        """The figures of a statistics vector [size], all finite.
-
-        Keys: images, invalid, and where they can be known loss, exact_match, and as means over findings auroc,
-        auroc_error, calibration_error, balanced_accuracy, f1; per finding auroc:name, sensitivity:name and
-        specificity:name.
-
-        Raises:
-            ValueError: the vector has another size or holds a number that is not finite.
-        """
-        return self._evaluate(statistics)[0]
-
-    def missing(self, statistics: NDArray[Any]) -> dict[str, str]:
-        """Why each metric that `metrics` leaves out cannot be known."""
-        return self._evaluate(statistics)[1]
 
     def intervals(self, statistics: NDArray[Any]) -> dict[str, Interval]:
         """95 % confidence intervals of the AUROCs, of exact_match, and of each sensitivity and specificity."""
@@ -152,17 +119,14 @@ class MultiLabel:
         parts = common.parts(self.layout, statistics)
         return {"classes": list(self.classes), **common.finding_curves(parts, self.classes)}
 
-    def _evaluate(self, vector: NDArray[Any]) -> tuple[dict[str, float], dict[str, str]]:
-        parts = common.parts(self.layout, vector)
-        invalid = float(parts["invalid"][0])
-        images = float(parts["examples"][0]) - invalid
-        found, missing = {"images": images, "invalid": invalid}, dict[str, str]()
-        own = [f"{figure}:{name}" for name in self.classes for figure in ("auroc", "sensitivity", "specificity")]
-        if not images > 0:
-            means = ("auroc", "auroc_error", "calibration_error", "balanced_accuracy", "f1")
-            return found, dict.fromkeys(("loss", "exact_match", *means, *own), common.NO_IMAGE)
-        found["loss"] = float(parts["loss"][0] / images)
-        found["exact_match"] = float(parts["exact"][0] / images)
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        means = ("auroc", "auroc_error", "calibration_error", "balanced_accuracy", "f1")
+        own = (f"{figure}:{name}" for name in self.classes for figure in ("auroc", "sensitivity", "specificity"))
+        return ("exact_match", *means, *own)
+
+    def _measure(self, parts: Mapping[str, Floats], found: dict[str, float], missing: dict[str, str]) -> None:
+        found["exact_match"] = float(parts["exact"][0] / found["images"])
         tables = [parts[f"{name}:table"] for name in self.classes]
         absent = [name for name, t in zip(self.classes, tables, strict=True) if not (t[:2].sum() and t[2:].sum())]
         without = f"no image with, or none without, {', '.join(absent)} was scored"
@@ -178,7 +142,6 @@ class MultiLabel:
             common.keep(found, missing, f"auroc:{name}", [single[0].get("auroc")], without)
             common.keep(found, missing, f"sensitivity:{name}", [pair[0]], without)
             common.keep(found, missing, f"specificity:{name}", [pair[1]], without)
-        return found, missing
 
 
 def _share(part: float, rest: float) -> float | None:

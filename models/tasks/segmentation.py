@@ -36,6 +36,7 @@ from models.fields import Problem
 from models.intervals import Interval
 from models.statistics import Floats
 from models.tasks import common, surfaces
+from models.tasks.base import Summed, fit, leading
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +51,17 @@ _FIGURES = {"dice": 1.0, "hd95": np.inf, "hd95_all": np.inf}
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Summed):
     """See `models.tasks.Task`. Targets are label maps, uint8 [n, *size], values indices into `classes`.
 
     Attributes:
         classes: their names, the background first.
         batch_size: the study's batch size, the fixed denominator of the loss.
+
+    The figures are loss, dice, hd95 and hd95_all (means over structures), and per structure dice:name, hd95:name,
+    hd95_all:name, missed:name and invented:name (images).
     """
 
-    classes: tuple[str, ...]
-    batch_size: int
     primary: str = "dice"
     target: Literal["mask"] = TARGET
 
@@ -68,11 +70,6 @@ class Segmentation:
         """Names and sizes of the statistics in the order of the vector."""
         own = (("images", 4), *((figure, 2) for figure in _FIGURES), ("histogram", DICE_BINS))
         return [*common.LEADING, *((f"{name}:{part}", size) for name in self._structures for part, size in own)]
-
-    @property
-    def size(self) -> int:
-        """Numbers in a statistics vector."""
-        return sum(size for _, size in self.layout)
 
     @property
     def _structures(self) -> tuple[str, ...]:
@@ -100,10 +97,6 @@ class Segmentation:
         overlap = (2 * shared + _SMOOTH) / (total + _SMOOTH)
         return entropy + 1 - overlap[:, 1:].mean(1)
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Sum of `losses` over the study's batch size. No class weights: they would be counted from patients."""
-        return self.losses(outputs, targets).sum() / self.batch_size
-
     def statistics(
         self,
         scores: NDArray[Any],
@@ -128,37 +121,18 @@ class Segmentation:
             ValueError: the arrays do not belong together, or a target is no index of a class.
         """
         values, truth, terms = np.asarray(scores), np.asarray(targets), np.asarray(losses)
-        if values.shape[:2] != (len(truth), len(self.classes)) or values.shape[2:] != truth.shape[1:]:
-            raise ValueError(f"scores {values.shape} and targets {truth.shape} do not belong together")
-        if terms.shape != truth.shape[:1]:
-            raise ValueError(f"losses {terms.shape} and targets {truth.shape} do not belong together")
+        side = truth.shape[1:]
+        fits = fit(values, truth, terms, (len(self.classes), *side), side)
         if truth.size and not (truth.min() >= 0 and truth.max() < len(self.classes)):
             raise ValueError(f"a target is outside 0 to {len(self.classes) - 1}")
         steps = np.ones((len(truth), truth.ndim - 1)) if spacing is None else np.asarray(spacing, np.float64)
-        good = np.isfinite(values).all(axis=tuple(range(1, values.ndim))) & np.isfinite(terms)
-        found = values.argmax(axis=1)
-        pieces: list[Any] = [len(good), np.count_nonzero(~good), terms[good].sum(dtype=np.float64)]
+        found, pieces = values.argmax(axis=1), leading(fits, terms)
         for number in range(1, len(self.classes)):
             own = np.zeros(10 + DICE_BINS)
-            for index in np.flatnonzero(good):
+            for index in np.flatnonzero(fits):
                 _count(own, found[index] == number, truth[index] == number, steps[index])
             pieces.append(own)
         return common.vector(pieces)
-
-    def metrics(self, statistics: NDArray[Any]) -> dict[str, float]:
-        """The figures of a statistics vector [size], all finite.
-
-        Keys: images, invalid, and where they can be known loss, dice, hd95 and hd95_all (means over structures), and
-        per structure dice:name, hd95:name, hd95_all:name, missed:name and invented:name (images).
-
-        Raises:
-            ValueError: the vector has another size or holds a number that is not finite.
-        """
-        return self._evaluate(statistics)[0]
-
-    def missing(self, statistics: NDArray[Any]) -> dict[str, str]:
-        """Why each metric that `metrics` leaves out cannot be known."""
-        return self._evaluate(statistics)[1]
 
     def intervals(self, statistics: NDArray[Any]) -> dict[str, Interval]:
         """95 % confidence intervals of dice, hd95 and hd95_all, where they can be known."""
@@ -193,15 +167,11 @@ class Segmentation:
         }
         return {"classes": list(self.classes), "dice": boxes}
 
-    def _evaluate(self, vector: NDArray[Any]) -> tuple[dict[str, float], dict[str, str]]:
-        parts = common.parts(self.layout, vector)
-        invalid = float(parts["invalid"][0])
-        images = float(parts["examples"][0]) - invalid
-        found, missing = {"images": images, "invalid": invalid}, dict[str, str]()
-        if not images > 0:
-            named = [f"{figure}:{name}" for name in self._structures for figure in _FIGURES]
-            return found, dict.fromkeys(("loss", *_FIGURES, *named), common.NO_IMAGE)
-        found["loss"] = float(parts["loss"][0] / images)
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        return (*_FIGURES, *(f"{figure}:{name}" for name in self._structures for figure in _FIGURES))
+
+    def _measure(self, parts: Mapping[str, Floats], found: dict[str, float], missing: dict[str, str]) -> None:
         means: dict[str, list[float | None]] = {figure: [] for figure in _FIGURES}
         for name in self._structures:
             for figure, values in means.items():
@@ -217,7 +187,6 @@ class Segmentation:
         for name in self._structures:
             counts = parts[f"{name}:images"]
             found[f"missed:{name}"], found[f"invented:{name}"] = float(counts[_MISSED]), float(counts[_INVENTED])
-        return found, missing
 
 
 def _scored(images: Floats, figure: str) -> float:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from privacy.errors import Refusal, RefusalCode
 from privacy.secagg.plan import Plan
-from privacy.study import STATISTICS_GRID
+from privacy.sections import STATISTICS_GRID
 
 BLOCK = 1 << 15
 Words = npt.NDArray[np.uint32]

@@ -21,7 +21,7 @@ from privacy.identity import Document, Identity
 from privacy.roster import SiteName
 from privacy.secagg.keys import CIPHERTEXT_BYTES, KEM_BYTES, TAG_BYTES, info
 from privacy.secagg.shamir import SHARE_BYTES
-from privacy.study import MOST_SITES
+from privacy.sections import MOST_SITES
 
 DIGEST_BYTES = 32
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]

@@ -13,7 +13,8 @@ from typing import Any
 
 from privacy.canonical import digest
 from privacy.errors import ConsiliumError, Refusal, RefusalCode
-from privacy.study import STATISTICS_GRID, Study
+from privacy.sections import STATISTICS_GRID
+from privacy.study import Study
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from privacy.errors import ConsiliumError
-from server.home import CoordinatorHome, write_atomically
+from privacy.files import write_atomically
+from server.home import CoordinatorHome
 from server.registry import Registry
 
 PROGRAM = "consilium-coordinator"

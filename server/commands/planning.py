@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -15,12 +15,12 @@ from rich.markup import escape
 from privacy.accounting import ROLES, Role, events
 from privacy.claims import TIERS, Claim, claim, epsilon_rdp, words
 from privacy.errors import ConsiliumError
+from privacy.files import replacing, write_atomically
 from privacy.identity import Document
 from privacy.planning import LIFETIME_DELTA, LIFETIME_EPSILON, MOST_REPEATS, Repeats, find_noise, repeats
 from privacy.study import Study
 from privacy.terminal import out, table
 from server.commands.common import read_text
-from server.home import write_atomically
 
 ENTRIES: dict[Role, str] = {"train": "noise_multiplier", "validation": "evaluation_noise"}
 """Which entry of [privacy] holds the noise of a role; test patients have that of validation patients."""
@@ -45,6 +45,8 @@ def plan(
 
     Example: `consilium-coordinator study plan chest.toml --epsilon 8 --write`
     """
+    if epsilon is not None and not math.isfinite(epsilon):
+        raise ConsiliumError("This is no epsilon", str(epsilon), "Name a number, such as --epsilon 8.")
     if write and epsilon is None:
         raise ConsiliumError("There is nothing to write", str(file), "Say which epsilon is wanted, with --epsilon.")
     if file.suffix == ".json":
@@ -212,7 +214,6 @@ def draw(made: Claim, path: Path) -> None:
     axes.grid(color="#D8D8D8", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
-    part = path.with_name(f".{path.name}.part")
     FigureCanvasAgg(figure)
-    figure.savefig(part, format="png", dpi=160)
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=160)

@@ -149,6 +149,7 @@ def launch(context: typer.Context, name: Name, follow: Follow = False) -> None:
     Example: `consilium-coordinator study launch chest --follow`
     """
     with open_registry(context) as registry:
+        _with_slots(registry, name)
         record = registry.launch(name)
         _begun(context, registry, record, "Launched.", follow)
 
@@ -176,6 +177,7 @@ def resume(
     Example: `consilium-coordinator study resume chest --back-to 4`
     """
     with open_registry(context) as registry:
+        _with_slots(registry, name)
         if back_to is not None:
             registry.back_to(name, back_to)
         record = registry.resume(name)
@@ -323,6 +325,28 @@ def _print_study(study: Study) -> None:
     grid.columns[0].style = "bold"
     grid.columns[0].no_wrap = True
     out().print(grid)
+
+
+def _with_slots(registry: Registry, name: str) -> None:
+    """Nothing, unless rounds are to come and the study has no slot left for one: then it would pause at once.
+
+    Raises:
+        ConsiliumError: that is so.
+    """
+    from server.slots import used_up  # what sums and carries updates: heavy, and not needed by other commands
+
+    record = registry.study(name)
+    if record.state not in {State.PAUSED, State.INTERRUPTED, State.STOPPED, State.FAILED}:
+        return
+    course = registry.course(record.hash)
+    done = course.checkpoints()[-1].round
+    if done < record.study.rounds.count and used_up(record.study, course.slots()):
+        raise ConsiliumError(
+            "No slot is left for another round",
+            f"{record.name} has {done} of {record.study.rounds.count} rounds, and its reserve of "
+            f"{record.study.rounds.reserve} repeated rounds is used up",
+            "A longer run is a new study: draft one with a larger `reserve` under [rounds], and `study stop` this one.",
+        )
 
 
 def _begun(context: typer.Context, registry: Registry, record: StudyRecord, word: str, follow: bool) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from privacy.ledger import Leaf
 from privacy.ledger_check import verify_file
 from privacy.merkle import Tree, consistent, included, leaf_hash, pack
-from privacy.verify import Report
+from privacy.report import Report
 from server.ledger import Ledger
 from tests.bench.table import Line, show
 from tests.privacy.ledger_kit import (
@@ -33,6 +33,7 @@ from tests.privacy.ledger_kit import (
     NOW,
     ROSTER,
     SITES,
+    approved,
     reserve,
     step,
     witness,
@@ -145,7 +146,7 @@ def store_lines(name: str, url: str, leaves: list[Leaf], folder: Path, least: tu
         size = ledger.size
         for site in NAMES:
             fresh = witness(site)
-            line = fresh.cosign(SITES[site], ledger.proposal(site, 0), NOW)[1]
+            line = fresh.cosign(SITES[site], ledger.proposal(site, 0), NOW, approved)[1]
             ledger.add_cosignature(size, site, line, SITES[site].public)
         path = folder / f"{name}.jsonl"
         out = taken(lambda: ledger.export(path))

@@ -16,22 +16,19 @@ from privacy.officer import Office
 from privacy.terminal import run
 from tests.client.agent.bed import Bed, Process, make_bed
 from tests.privacy.grant_kit import NOW, SITE
+from tests.study_kit import Sections
 
 Site = Callable[..., tuple[int, str, str]]
-NOISED = """
-[aggregation]
-weights = "equal"
-[privacy]
-mode = "per-site"
-noise_multiplier = 4
-evaluation_noise = 8
-"""
+NOISED: Sections = {
+    "aggregation": {"weights": "equal"},
+    "privacy": {"mode": "per-site", "noise_multiplier": 4, "evaluation_noise": 8},
+}
 
 
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
     """A site's home with a study that has noise of its own."""
-    return make_bed(tmp_path_factory.mktemp("site") / "s", change=lambda text: text + NOISED)
+    return make_bed(tmp_path_factory.mktemp("site") / "s", **NOISED)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +97,12 @@ def test_B6_from_the_officers_key_to_a_revoked_grant(
     assert site("officer", "trust", office.public.read_text().strip())[0] == 0
 
     assert "No allowance yet" in site("budget")[1]
+    (tmp_path / "tiny.json").write_bytes(bed.signed_study)
+    code, _, err = site("grant", "import", str(tmp_path / "tiny.json"))
+    assert code == 1
+    assert "no paper of a privacy officer" in err
+    assert "tiny.json" in err
+    assert "hostile" not in err, "a person took the wrong file; nothing came over the wire"
     code, out, err = site("grant", "import", str(allowance))
     assert code == 0, err
     assert "epsilon 8 at delta 0.000001, decided at order 4" in out
@@ -107,13 +110,19 @@ def test_B6_from_the_officers_key_to_a_revoked_grant(
     assert "No study with noise has begun" in out
     assert "0 patient(s) charged so far" in out
 
-    (tmp_path / "tiny.json").write_bytes(bed.signed_study)
     assert site("study", "import", str(tmp_path / "tiny.json"))[0] == 0
+    images = bed.home.root / "images.npz"
+    assert site("data", "connect", "archive", str(images), "--one-image-per-patient")[0] == 0
+    code, out, err = site("study", "approve", "tiny")
+    assert code == 0, err
+    assert "Mind: The privacy officer's grant for this study is missing" in out
+    assert "Until then nothing is computed." in out
     granted = paper(office, bed, tmp_path / "g.json")
     code, out, err = site("grant", "import", str(granted))
     assert code == 0, err
     assert bed.hash in out
     assert f"{bed.hash[:16]} open 10 10" in site("budget")[1]
+    assert "grant for this study" not in site("study", "approve", "tiny")[1]
 
     assert agent[-1].end() == 0
     store = Store(bed.home.agent / "agent.db")
@@ -151,6 +160,7 @@ def test_B6_from_the_officers_key_to_a_revoked_grant(
         (["officer", "trust", __file__], "This is not an officer's key"),
         (["grant", "import", "/nowhere"], "The file cannot be read: /nowhere"),
         (["grant", "revoke", "unheard-of"], "There is no such study: unheard-of"),
+        (["grant", "revoke", "unheard-of"], "was not offered here yet has no name here: give its hash"),
     ],
 )
 def test_what_does_not_exist_is_named(site: Site, arguments: list[str], words: str) -> None:
@@ -164,7 +174,7 @@ def test_what_does_not_exist_is_named(site: Site, arguments: list[str], words: s
 def test_rubbish_and_strangers_papers_are_refused(site: Site, office: Office, tmp_path: Path) -> None:
     site("officer", "trust", str(office.public), "--replace")
     (tmp_path / "rubbish").write_bytes(b"\xff{}")
-    assert "not well formed" in site("grant", "import", str(tmp_path / "rubbish"))[2]
+    assert "no paper of a privacy officer" in site("grant", "import", str(tmp_path / "rubbish"))[2]
     (tmp_path / "strange").mkdir()
     stranger = Office(tmp_path / "strange")
     stranger.create()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
@@ -20,7 +21,11 @@ import typer
 from typer.main import get_command
 
 from client import enrolment, link_state
+from client.agent import agent_pb2 as pb
 from client.cli import app
+from client.commands.data import _guessed, _summarised
+from client.commands.models import _found
+from client.commands.study import refusals
 from client.home import SiteHome
 from client.link_state import LinkState, Trouble
 from client.supervisor import Part, Supervisor, separate
@@ -29,7 +34,7 @@ from privacy.identity import Document, Identity, fingerprint
 from privacy.roster import Enrolment, Roster, enrol
 from privacy.study import Study
 from privacy.study_text import template
-from privacy.terminal import run
+from privacy.terminal import out, run
 from tests.client.site_kit import LIVENESS, REPOSITORY, Link, child_environment, new_site, until
 
 Site = Callable[..., tuple[int, str, str]]
@@ -234,6 +239,7 @@ def test_a_whole_day_by_files(home: SiteHome, link: Link, site: Site, study: Pat
     code, out, err = site(home, "data", "check", "archive", "--report", str(page))
     assert code == 0, err
     assert "40 images of 40 patients, 0 left out" in out
+    assert "each study splits" not in out, "a study is here, and the sides are its own"
     assert "Report, for this site only" in out
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert page.stat().st_mode & 0o077 == 0
@@ -359,3 +365,65 @@ def test_the_commands_need_no_learning_library() -> None:
     found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
     assert isinstance(app, typer.Typer)
+
+
+def test_the_kind_of_a_folder_is_guessed_or_said_to_be_a_guess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "images.npz"
+    packed.write_bytes(b"")
+    assert _guessed(packed, None) == ("npz", packed)
+    assert _guessed(tmp_path, None) == ("npz", packed)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "index.csv").write_text("label\n")
+    assert _guessed(tmp_path, tmp_path / "index.csv") == ("npz", packed)
+    assert capsys.readouterr().err == ""
+    assert _guessed(tmp_path, None) == ("npz", packed)
+    assert "index.csv lies beside images.npz and is not used" in capsys.readouterr().err
+    (tmp_path / "more.npz").write_bytes(b"")
+    with pytest.raises(ConsiliumError, match="several npz files"):
+        _guessed(tmp_path, None)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.PNG").write_bytes(b"")
+    assert _guessed(tmp_path, None) == ("images", tmp_path)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "IM0001").write_bytes(b"")
+    assert _guessed(plain, None) == ("dicom", plain)
+    assert "taken for DICOM" in capsys.readouterr().err
+
+
+def test_a_refusal_is_shown_in_words_with_what_to_do() -> None:
+    studies = [
+        pb.StudyLine(name="chest", last="train refused: no-grant"),
+        pb.StudyLine(name="lung", last="slot 3: answer stored"),
+        pb.StudyLine(name="knee", last="train refused: of-another-release"),
+    ]
+    (said,) = refusals(studies)
+    assert said.startswith("chest (no-grant): The privacy officer of this site has not granted the study")
+    assert "consilium-site grant import FILE" in said
+
+
+def test_a_check_without_a_study_says_that_each_study_splits(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(study: str, **images: int) -> str:
+        split = {side: {"images": images.get(side, 0), "patients": 0} for side in ("train", "validation", "test")}
+        _summarised(out(), "archive", json.dumps({"images": 9, "patients": 9, "study": study, "split": split}))
+        return capsys.readouterr().out
+
+    assert "each study splits the patients by itself" in shown("", train=9)
+    assert "splits" not in shown("", train=6, test=3), "the source brings its own sides"
+    assert "splits" not in shown("chest", train=9)
+
+
+@pytest.mark.parametrize("name", ["chest", "Chest X-rays", "ab12"])
+def test_a_model_is_found_by_name_title_or_hash(name: str) -> None:
+    line = pb.ModelLine(study="ab12" * 16, title="Chest X-rays")
+
+    class Door:
+        def models(self) -> list[pb.ModelLine]:
+            return [line, pb.ModelLine(study="cd34" * 16, title="Knees")]
+
+        def status(self) -> pb.StatusReply:
+            return pb.StatusReply(studies=[pb.StudyLine(study=line.study, name="chest")])
+
+    assert _found(Door(), name) == line  # type: ignore[arg-type]

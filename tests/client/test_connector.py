@@ -32,6 +32,7 @@ from privacy.study import Study
 from privacy.study_text import template
 from server.flower import Exchange, Outgoing, acquire, start_run
 from server.superlink import secrets
+from tests.client.agent.bed import with_sides
 from tests.client.site_kit import LIVENESS, REPOSITORY, Link, Proxy, child_environment, new_site, running_link, until
 
 SITE = "st-anna"
@@ -202,7 +203,7 @@ def training(node: Node, coordinator: Coordinator, tmp_path_factory: pytest.Temp
     """The study is offered, approved, and open; the starting weights are held. Returns the trainable vector."""
     path = tmp_path_factory.mktemp("images") / "images.npz"
     dice = np.random.default_rng(1)
-    np.savez(path, images=dice.integers(0, 255, (40, 16, 16), np.uint8), labels=np.arange(40) % 2)
+    np.savez(path, **with_sides({"images": dice.integers(0, 255, (40, 16, 16), np.uint8), "labels": np.arange(40) % 2}))
     assert coordinator.offer().detail["state"] == "pending"
     with Local(node.home.local_socket) as door:
         door.connect("images", json.dumps({"kind": "npz", "path": str(path), "one_image_per_patient": True}))

@@ -15,7 +15,7 @@ from models import networks, tasks, transforms, weights
 
 torch.set_num_threads(1)
 
-PLAN = Plan("adamw", 0.01, 0.0, 0.0, 8, schedule="constant", local_steps=60, rounds=1, proximal_mu=0.0)
+PLAN = Plan("adamw", 0.01, 0.0, 0.0, 8, schedule="constant", local_steps=30, rounds=1, proximal_mu=0.0, seed=1)
 
 
 def discs(size: list[int], count: int = 40, training: int = 30) -> Cohort:

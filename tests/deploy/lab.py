@@ -21,42 +21,29 @@ from server.commands.signing import sign_study
 from server.home import CoordinatorHome
 from server.records import Delivery, Outcome, OutcomeState, SlotRecord, SlotState, State, StudyRecord
 from server.registry import Registry
+from tests import study_kit
+from tests.client.agent.bed import with_sides
+from tests.study_kit import Sections, merged
 
 SITES = ("north", "south", "west")
 LIVENESS = 180.0
 HOSPITAL_RETURNS = 75.0
 
-_TOML = """
-schema = 1
-sites = [{sites}]
-[study]
-name = "{name}"
-title = "A small study"
-purpose = "Show that faults do no harm."
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [28, 28]
-[optimiser]
-name = "sgd"
-learning_rate = 0.01
-batch_size = {batch}
-[rounds]
-count = {rounds}
-local_steps = {steps}
-deadline_seconds = {deadline}
-reserve = {reserve}
-[aggregation]
-minimum_sites = {minimum}
-"""
 
-
-def draft(name: str, *, sites: Sequence[str] = SITES, extra: str = "", **changes: int) -> str:
+def draft(name: str, *, sites: Sequence[str] = SITES, extra: Sections = {}, **changes: int) -> str:  # noqa: B006
     """A study in TOML: rounds of a fraction of a second unless `steps` and `batch` say otherwise; `extra` sections."""
     values = {"rounds": 3, "steps": 1, "batch": 4, "deadline": 150, "minimum": 2, "reserve": 5, **changes}
-    return _TOML.format(name=name, sites=", ".join(f'"{site}"' for site in sites), **values) + extra
+    rounds = {
+        "count": values["rounds"], "local_steps": values["steps"], "deadline_seconds": values["deadline"],
+        "reserve": values["reserve"],
+    }  # fmt: skip
+    usual: Sections = {
+        "input": {"size": [28, 28]},
+        "optimiser": {"learning_rate": 0.01, "batch_size": values["batch"]},
+        "rounds": rounds,
+        "aggregation": {"minimum_sites": values["minimum"]},
+    }
+    return study_kit.draft(name, sites, **merged(usual, extra))
 
 
 def images(path: Path, seed: int, count: int = 40) -> Path:
@@ -64,7 +51,7 @@ def images(path: Path, seed: int, count: int = 40) -> Path:
     dice = np.random.default_rng(seed)
     labels = np.arange(count) % 2
     pixels = dice.integers(0, 120, (count, 28, 28)) + 100 * labels[:, None, None]
-    np.savez(path, images=pixels.astype(np.uint8), labels=labels)
+    np.savez(path, **with_sides({"images": pixels.astype(np.uint8), "labels": labels}))
     return path
 
 

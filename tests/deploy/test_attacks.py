@@ -65,6 +65,7 @@ from tests.deploy.lab import LIVENESS, Lab, connect_images
 SITES = ("north", "south", "west")
 PATIENCE = 60.0
 INTRUDER = 54321
+BYSTANDING = 40
 GROUP, GROUP_NUMBER = "games", 60
 LOCAL = pb.DESCRIPTOR.services_by_name["Local"]
 
@@ -100,7 +101,7 @@ def lab() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def bystander(lab: Lab) -> StudyRecord:
     """A study that runs through all of this."""
-    return lab.launch("bystander", rounds=60, minimum=3)
+    return lab.launch("bystander", rounds=BYSTANDING, minimum=3)
 
 
 def home(lab: Lab, site: str) -> SiteHome:
@@ -230,9 +231,9 @@ def test_a_stranger_cannot_fill_the_superlinks_memory(lab: Lab) -> None:
             line.sendall(lines)
             sent += len(lines)
     assert sent < 30 << 20
-    body = b"POST /v1/control/start-run HTTP/1.1\r\nHost: a\r\nContent-Length: 300000000\r\n\r\n" + bytes(64 << 20)
+    body = b"POST /v1/control/start-run HTTP/1.1\r\nHost: a\r\nContent-Length: 300000000\r\n\r\n" + bytes(192 << 20)
     assert {status for status, _ in answers(talk(lab, body))} <= {404}
-    assert superlink.memory_info().rss - before < 64 << 20
+    assert superlink.memory_info().rss - before < 128 << 20
     assert superlink.is_running()
 
 
@@ -681,7 +682,7 @@ def test_a_connector_cannot_exhaust_the_agent(lab: Lab, liar: Liar, door: stubs.
         for call in calls:
             call.cancel()
     assert agent.is_running()
-    assert agent.memory_info().rss - before < 128 << 20
+    assert agent.memory_info().rss - before < 512 << 20, "of 4 GiB; it trains for the bystander meanwhile"
 
     def greeted() -> bool:
         try:
@@ -891,7 +892,8 @@ def test_what_the_outward_door_refuses_is_in_the_journal_too(lab: Lab, door: stu
 def test_a_study_that_ran_through_all_of_this_took_no_harm(lab: Lab, bystander: StudyRecord) -> None:
     lab.reaches(bystander, State.FINISHED)
     slots = [slot for slot in lab.slots(bystander) if slot.kind == "train"]
-    assert [(slot.round, slot.attempt) for slot in slots] == [(n, 1) for n in range(1, 61)], lab.story(bystander)
+    tries = [(slot.round, slot.attempt) for slot in slots]
+    assert tries == [(n, 1) for n in range(1, 1 + BYSTANDING)], lab.story(bystander)
     for slot in slots:
         assert {o.state for o in lab.outcomes(bystander, slot.slot).values()} == {OutcomeState.IN}
 

@@ -26,21 +26,14 @@ from tests.deploy.lab import Lab, running_lab
 pytestmark = pytest.mark.long
 
 SITES = ("east", "north", "south", "west")
-NOISE = """
-weights = "equal"
-[privacy]
-mode = "shared"
-noise_multiplier = 4
-sampling_rate = 0.5
-expected_patients = 40
-images_per_patient = 1
-patients_bound = 1000
-site_patients_bound = 40
-delta = 0.0001
-evaluation_noise = 4
-[secagg]
-mode = "on"
-"""
+NOISE = {
+    "aggregation": {"weights": "equal"},
+    "privacy": {
+        "mode": "shared", "noise_multiplier": 4, "sampling_rate": 0.5, "expected_patients": 40, "images_per_patient": 1,
+        "patients_bound": 1000, "site_patients_bound": 40, "delta": 0.0001, "evaluation_noise": 4,
+    },
+    "secagg": {"mode": "on"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from tests.deploy.witness import Witness
 pytestmark = pytest.mark.long
 
 SITES = ("east", "north", "south", "west")
-SECAGG = '[secagg]\nmode = "on"\n'
+SECAGG = {"secagg": {"mode": "on"}}
 LOOK = 0.004
 
 

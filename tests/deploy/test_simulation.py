@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,40 +10,21 @@ import pytest
 
 from client.agent_client import Local
 from client.home import SiteHome
-from privacy.study import Study
 from server.commands.signing import sign_study
 from server.simulation import Simulation
+from tests import study_kit
 from tests.deploy.lab import SITES, Lab
+from tests.study_kit import Sections
 
-_TOML = """
-sites = ["north", "south", "west"]
-[study]
-name = "{name}"
-title = "The same twice"
-purpose = "Compare the simulation with the deployment."
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [28, 28]
-augmentation = [{{ name = "random_affine" }}]
-[optimiser]
-name = "sgd"
-learning_rate = 0.01
-batch_size = 4
-schedule = "cosine"
-[rounds]
-count = 3
-local_steps = 2
-seed = 2026
-[publish]
-choose = "best-validation"
-"""
-
-STRATEGIES = {
-    "adaptive": '[aggregation]\nstrategy = "fedadam"\nserver_learning_rate = 0.01\n',
-    "scaffold": '[aggregation]\nstrategy = "scaffold"\n[local]\nnorms = "local"\npersonal = "ditto"\n',
+TINY: Sections = {
+    "input": {"size": [28, 28], "augmentation": [{"name": "random_affine"}]},
+    "optimiser": {"learning_rate": 0.01, "batch_size": 4, "schedule": "cosine"},
+    "rounds": {"count": 3, "local_steps": 2, "seed": 2026},
+    "publish": {"choose": "best-validation"},
+}
+STRATEGIES: dict[str, Sections] = {
+    "adaptive": {"aggregation": {"strategy": "fedadam", "server_learning_rate": 0.01}},
+    "scaffold": {"aggregation": {"strategy": "scaffold"}, "local": {"norms": "local", "personal": "ditto"}},
 }
 
 
@@ -63,6 +45,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def simulation(data: Path) -> Iterator[Simulation]:
+    with Simulation(data, SITES, threads=1) as made:
+        yield made
+
+
 def figures(registry, record) -> dict:
     """Everything that may be equal: the weights' hash, and the sums of every evaluation, bit for bit."""
     course = registry.course(record.hash)
@@ -75,8 +63,10 @@ def figures(registry, record) -> dict:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_simulation_repeats_the_deployment_bit_for_bit(lab: Lab, data: Path, strategy: str) -> None:
-    study = Study.from_toml(_TOML.format(name=f"same-{strategy}") + STRATEGIES[strategy])
+def test_the_simulation_repeats_the_deployment_bit_for_bit(
+    lab: Lab, simulation: Simulation, data: Path, strategy: str
+) -> None:
+    study = study_kit.study(f"same-{strategy}", SITES, **TINY, **STRATEGIES[strategy])
     record = sign_study(lab.registry, lab.home.identity(), study, None)
     lab.registry.launch(record.hash)
     for site in SITES:
@@ -86,11 +76,8 @@ def test_the_simulation_repeats_the_deployment_bit_for_bit(lab: Lab, data: Path,
         with Local(SiteHome(lab.federation.site_home(site)).local_socket) as door:
             door.decide(record.hash, "approve", "split")
     lab.finishes(record)
-    with Simulation(data, SITES, threads=1) as simulation:
-        finished = simulation.run(study)
-        simulated = figures(simulation.registry, finished.record)
-        assert finished.record.hash == record.hash
-        deployed = figures(lab.registry, record)
-        assert simulated == deployed
-        model = lab.home.study(record.hash) / "model.safetensors"
-        assert finished.model.read_bytes() == model.read_bytes()
+    finished = simulation.run(study)
+    assert finished.record.hash == record.hash
+    assert figures(simulation.registry, finished.record) == figures(lab.registry, record)
+    model = lab.home.study(record.hash) / "model.safetensors"
+    assert finished.model.read_bytes() == model.read_bytes()

@@ -1,4 +1,4 @@
-"""What the tests of the models floor share: a good specification to change, one thread, and no lasting seed."""
+"""What the tests of the models floor share: a good specification to change."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-# How long an example takes says more about the other processes of the machine than about the code.
-settings.register_profile("patient", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 GOOD: dict[str, Any] = {
     "task": {"kind": "classification", "classes": ["normal", "pneumonia"]},
@@ -62,10 +57,3 @@ def spec_for(spec_with: Callable[..., dict[str, Any]]) -> Callable[..., dict[str
         return spec_with(**{"network.name": name, "task.kind": kind, **entries})
 
     return change
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)

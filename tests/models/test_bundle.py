@@ -18,6 +18,8 @@ CASES = [
     ("multilabel", "densenet-small", ["effusion"], [32, 32]),
     ("segmentation", "unet", ["background", "tumour"], [32, 16]),
     ("segmentation", "segresnet", ["background", "front", "back"], [16, 16, 16]),
+    ("classification", "resnet10", ["normal", "pneumonia"], [32, 32], True),
+    ("segmentation", "dynunet", ["background", "tumour"], [32, 32], True),
 ]
 
 
@@ -32,9 +34,12 @@ def facts_of(spec: Any, **changes: Any) -> card.Facts:
 
 @pytest.fixture
 def made(spec_with: Any, tmp_path: Path) -> Any:
-    def make(kind: str, name: str, classes: list[str], size: list[int], **changes: Any) -> tuple[Path, Any]:
+    def make(
+        kind: str, name: str, classes: list[str], size: list[int], standardised: bool = False, **changes: Any
+    ) -> tuple[Path, Any]:
         spec = spec_with(
             **{"task.kind": kind, "network.name": name, "task.classes": classes, "input.size": size},
+            **{"network.weight_standardisation": standardised},
             transfer={"train": "all", "rank": 4},
         )
         module = networks.build(spec).eval()

@@ -61,6 +61,15 @@ def test_a_mechanism_is_told_with_its_numbers(facts: card.Facts) -> None:
     assert "| threshold | 4 |" in text
 
 
+def test_a_card_of_a_study_with_noise_says_what_its_figures_are_of_and_claims_no_exactness(facts: card.Facts) -> None:
+    text = card.write(dataclasses.replace(facts, spec={**facts.spec, "privacy": {"mode": "shared"}}))
+    for words in ("| Patients, noised | 1,200 |", "noised sums over the patients", "noised sums of patients' clipped"):
+        assert words in text, words
+    for words in ("exact to the bound", "DeLong", "| Images |", "no image of class", "error of the bins", "0.0004"):
+        assert words not in text, words
+    assert "not known: too little of it is left under the noise" in text
+
+
 def test_S8_a_card_of_secure_sums_without_noise_says_what_they_do_not_hold_against(facts: card.Facts) -> None:
     secagg = {"mode": "on", "threshold": 4}
     for mode, said in (("none", True), ("shared", False)):

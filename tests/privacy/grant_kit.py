@@ -10,48 +10,25 @@ from privacy.grants import Allowance, Grant
 from privacy.identity import Identity
 from privacy.roster import expiry
 from privacy.study import Study
+from tests import study_kit
+from tests.study_kit import FIVE
 
 SITE = "st-anna"
 NOW = datetime.now(UTC)
 
-DRAFT = """
-sites = ["st-anna", "st-bona", "st-cara", "st-dora"]
-[study]
-name = "{name}"
-title = "A tiny study"
-purpose = "Testing the budget"
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-[optimiser]
-name = "sgd"
-batch_size = 8
-[rounds]
-count = 4
-local_steps = {steps}
-reserve = 2
-[aggregation]
-weights = "{weights}"
-minimum_sites = 3
-[secagg]
-mode = "on"
-[privacy]
-mode = "{mode}"
-"""
-NOISE = """
-noise_multiplier = {noise}
-evaluation_noise = 8
-"""
-
 
 def study(name: str = "tiny", mode: str = "shared", noise: str = "2", steps: int = 1) -> Study:
     """A study that every test site is in; with noise, 6 slots of training, 2 tries of each evaluation."""
-    weights = "examples" if mode == "none" else "equal"
-    text = DRAFT.format(name=name, mode=mode, steps=steps, weights=weights)
-    made = Study.from_toml(text + ("" if mode == "none" else NOISE.format(noise=noise)))
+    noised = {"noise_multiplier": noise, "evaluation_noise": 8}
+    made = study_kit.study(
+        name,
+        FIVE[:4],
+        optimiser={"batch_size": 8},
+        rounds={"count": 4, "local_steps": steps, "reserve": 2},
+        aggregation={"weights": "examples" if mode == "none" else "equal", "minimum_sites": 3},
+        secagg={"mode": "on"},
+        privacy={"mode": mode, **({} if mode == "none" else noised)},
+    )
     return made.model_copy(update={"initial": made.initial.model_copy(update={"sha256": sha256(b"initial")})})
 
 

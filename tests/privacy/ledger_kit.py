@@ -13,8 +13,9 @@ from privacy.checkpoint import Checkpoint, Note, origin
 from privacy.identity import Identity
 from privacy.ledger import Abort, Commit, Leaf, Reserve, Step
 from privacy.merkle import Tree
+from privacy.proposal import Inclusion, Proposal
 from privacy.roster import Roster, RosterSite
-from privacy.witness import Inclusion, Proposal, Witness
+from privacy.witness import Witness
 
 NAMES = ("st-anna", "st-berta", "st-clara", "st-doris", "st-emma")
 CONSORTIUM, NOW = "alpine", 1_893_456_000  # 2030-01-01T00:00:00Z
@@ -94,6 +95,12 @@ def course(slots: int, sites: Iterable[str] = NAMES, study: str = STUDY) -> list
     return [reserve(study), *(step(s, slot, study=study) for slot in range(1, slots + 1) for s in sites)]
 
 
+def approved(found: Reserve) -> list[str]:
+    """What a RESERVE says otherwise than the study that every site approved."""
+    due = reserve(found.study, found.slots, found.grants).entry
+    return [] if found == due else ["it is not what was approved"]
+
+
 class Log:
     """A log in memory: leaves, tree, heads."""
 
@@ -111,16 +118,23 @@ class Log:
         return Note(Checkpoint(LOG, size, self.tree.root(size))).signed_by(by)
 
     def proposal(self, witness: Witness, size: int | None = None, **changes: object) -> Proposal:
-        """The head of `size` for one site, with proofs of all its releases."""
+        """The head of `size` for one site, with proofs of all its releases and of what the coordinator wrote."""
         note = self.note(size)
         size = note.checkpoint.size
         since = min(witness.size, size)
         shown = {
             leaf.hash: Inclusion(at, self.tree.inclusion(at, size))
             for at, leaf in enumerate(self.leaves[:size])
-            if getattr(leaf.entry, "site", "") == witness.site
+            if getattr(leaf.entry, "site", witness.site) == witness.site
         }
-        values = {"note": note, "since": since, "consistency": self.tree.consistency(since, size), "included": shown}
+        own = tuple(leaf for leaf in self.leaves[:size] if not isinstance(leaf.entry, Step))
+        values = {
+            "note": note,
+            "since": since,
+            "consistency": self.tree.consistency(since, size),
+            "included": shown,
+            "entries": own,
+        }
         return Proposal(**{**values, **changes})
 
 
@@ -133,5 +147,5 @@ def cosigned(log: Log, sites: Iterable[str] = NAMES, size: int | None = None) ->
     note = log.note(size)
     for site in sites:
         fresh = witness(site)
-        note = note.adding(fresh.cosign(SITES[site], log.proposal(fresh, size), NOW)[1])
+        note = note.adding(fresh.cosign(SITES[site], log.proposal(fresh, size), NOW, approved)[1])
     return note

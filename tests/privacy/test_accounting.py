@@ -17,46 +17,20 @@ from privacy.claims import HOPELESS, claim, epsilon_pld, epsilon_rdp, losses, ro
 from privacy.errors import ConsiliumError
 from privacy.planning import find_noise, repeats
 from privacy.study import Study
-
-DRAFT = """
-sites = [{sites}]
-[study]
-name = "tiny"
-title = "A tiny study"
-purpose = "Testing"
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-[optimiser]
-name = "sgd"
-[rounds]
-count = {count}
-local_steps = {steps}
-reserve = 0
-[aggregation]
-weights = "equal"
-minimum_sites = 4
-[privacy]
-mode = "{mode}"
-noise_multiplier = {sigma}
-sampling_rate = {rate}
-{more}
-[secagg]
-mode = "on"
-"""
-FIVE = ("st-anna", "st-bona", "st-cara", "st-dora", "st-emma")
+from tests import study_kit
+from tests.study_kit import FIVE
 
 
 def study(
-    mode: str = "shared", *, count: int = 1000, steps: int = 1, sigma: str = "1.484", rate: str = "0.02", more: str = ""
+    mode: str = "shared", *, count: int = 1000, steps: int = 1, sigma: str = "1.484", rate: str = "0.02", **more: object
 ) -> Study:
     """Five hospitals, four of them enough, one of them colluding: three honest shares."""
-    sites = ", ".join(f'"{name}"' for name in FIVE)
-    return Study.from_toml(
-        DRAFT.format(sites=sites, mode=mode, count=count, steps=steps, sigma=sigma, rate=rate, more=more)
+    return study_kit.study(
+        sites=FIVE,
+        rounds={"count": count, "local_steps": steps, "reserve": 0},
+        aggregation={"weights": "equal", "minimum_sites": 4},
+        privacy={"mode": mode, "noise_multiplier": sigma, "sampling_rate": rate, **more},
+        secagg={"mode": "on"},
     )
 
 
@@ -190,12 +164,12 @@ def test_n2_tier_one_is_the_opened_sum_and_tier_two_a_hospitals_own_share() -> N
 
 
 def test_a_noise_floor_holds_up_both_tiers() -> None:
-    floored = study(more="noise_floor = 1.0")
+    floored = study(noise_floor=1)
     assert events(floored, 2)["train"].noise_multiplier == 1
     opened = events(floored, 1)["train"].noise_multiplier
     assert opened * opened <= 3
     assert float(opened) == pytest.approx(math.sqrt(3), rel=1e-15)
-    below = study(more="noise_floor = 0.5")
+    below = study(noise_floor=0.5)
     assert events(below, 1) == events(study(), 1)
 
 

@@ -14,10 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from rich.console import Console
 
 from privacy import welcome
+from privacy.checkpoint import cosign, witness_name
 from privacy.cli import app
 from privacy.errors import ConsiliumError
 from privacy.identity import Document, Identity, fingerprint
 from privacy.journal import Journal
+from privacy.ledger import Leaf
+from privacy.ledger_check import first_line
+from privacy.reservation import reserve
 from privacy.roster import Consortium, Enrolment, Roster, enrol, expiry, revoke
 from privacy.study import Study, approval
 from privacy.study_text import template
@@ -64,6 +68,11 @@ class Files:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     monkeypatch.chdir(tmp_path)
     return Files(tmp_path)
+
+
+def flat(text: str) -> str:
+    """Printed text without its line ends."""
+    return " ".join(text.split())
 
 
 def verify(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -231,7 +240,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         books.append(kit.course(3))
         size = books.checkpoint(kit.COORDINATOR).checkpoint.size
         for name in kit.NAMES[:4]:
-            line = kit.witness(name).cosign(kit.SITES[name], books.proposal(name, 0), kit.NOW)[1]
+            line = kit.witness(name).cosign(kit.SITES[name], books.proposal(name, 0), kit.NOW, kit.approved)[1]
             books.add_cosignature(size, name, line, kit.SITES[name].public)
         assert books.export(path) == 16
     kit.ROSTER.signed(kit.COORDINATOR).write(tmp_path / "roster.json")
@@ -277,6 +286,52 @@ def test_the_study_says_how_many_may_collude(ledger: Path, capsys: pytest.Captur
     code, _, err = verify(capsys, "ledger.jsonl", "roster.json", "study.json")
     assert code == 1
     assert "Too few sites have cosigned the head" in err
+
+
+def reserving(ledger: Path, **changes: object) -> None:
+    """Write the exported ledger anew: with what is reserved for the study that lies beside it, or something else."""
+    study = noised()
+    right = reserve(study, dict.fromkeys(study.sites, "a" * 64))
+    log = kit.Log([Leaf.of(right.model_copy(update=changes)), *kit.course(2)])
+    note, head = log.note(), log.note().checkpoint
+    for name in kit.NAMES:
+        note = note.adding(cosign(head, witness_name(kit.LOG, name), kit.SITES[name], kit.NOW))
+    ledger.write_bytes(first_line(note, head.size) + b"".join(leaf.data + b"\n" for leaf in log.leaves))
+
+
+def test_what_was_reserved_is_held_against_the_study_that_is_given(
+    ledger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reserving(ledger)
+    code, out, _ = verify(capsys, "ledger.jsonl", "roster.json", "study.json")
+    assert code == 0
+    assert "its plan, slots, ε and δ are those that follow from `tiny`, the study given" in flat(out)
+    assert flat(out).count("add the study's file") == 1, "of the other study in the log"
+    code, out, _ = verify(capsys, "ledger.jsonl", "roster.json")
+    assert flat(out).count("add the study's file") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"plan": "b" * 64}, "the digest of the plan"),
+        ({"slots": 99}, "slots: 99, not"),
+        ({"epsilon_aggregate": "0.5"}, "ε against who sees aggregates: 0.5, not"),
+        ({"epsilon_broken": "900"}, "ε if secure aggregation were broken: 900, not"),
+        ({"delta": "0.0000001"}, "δ: 0.0000001, not"),
+        ({"grants": {"st-emma": "a" * 64}}, "grants of sites that the study does not name: st-emma"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_attack_a_ledger_that_reserved_something_else_than_the_study_says(
+    ledger: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], words: str
+) -> None:
+    """The coordinator signs it and every site cosigns it: the officer has the study's file."""
+    reserving(ledger, **changes)
+    code, _, err = verify(capsys, "ledger.jsonl", "roster.json", "study.json")
+    assert code == 1
+    assert "What was reserved in the ledger is not what the study says" in flat(err)
+    assert words in flat(err)
 
 
 def test_a_ledger_without_a_roster_is_not_believed(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:

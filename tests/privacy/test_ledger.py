@@ -16,8 +16,9 @@ from privacy.ledger import Account, Leaf, Step, admit_all
 from privacy.ledger_check import first_line, verify_file, verify_ledger
 from privacy.ledger_codes import LEDGER_REFUSALS, LedgerCode, LedgerRefusal
 from privacy.merkle import Tree, leaf_hash
+from privacy.proposal import Proposal
 from privacy.roster import Roster
-from privacy.witness import PATIENCE, Proposal, Witness
+from privacy.witness import PATIENCE, Witness
 from tests.privacy.ledger_kit import (
     COORDINATOR,
     LOG,
@@ -28,6 +29,7 @@ from tests.privacy.ledger_kit import (
     STUDY,
     Log,
     abort,
+    approved,
     commit,
     cosigned,
     course,
@@ -184,10 +186,10 @@ def test_a_site_cosigns_what_continues_and_holds_its_releases():
     for slot in range(1, 8):
         site, (leaf,) = sign_on(site, range(slot, slot + 1))
         log.add(leaf, step("st-berta", slot))
-        site, line = site.cosign(ANNA, log.proposal(site), NOW + slot)
+        site, line = site.cosign(ANNA, log.proposal(site), NOW + slot, approved)
         assert cosigned_at(log.note().checkpoint, line, ANNA.public) == NOW + slot
         assert (site.size, site.root, site.pending) == (log.tree.size, log.tree.root(), ())
-    again, line = site.cosign(ANNA, log.proposal(site), NOW)
+    again, line = site.cosign(ANNA, log.proposal(site), NOW, approved)
     assert again == site
 
 
@@ -197,22 +199,23 @@ def test_heads_of_honest_sites_are_valid_together():
     assert (head.size, len(times)) == (21, 4)
 
 
-def stops(code: LedgerCode, site: Witness, proposal: Proposal, by=ANNA) -> None:
+def stops(code: LedgerCode, site: Witness, proposal: Proposal, by=ANNA) -> LedgerRefusal:
     with pytest.raises(LedgerRefusal) as caught:
-        site.cosign(by, proposal, NOW)
+        site.cosign(by, proposal, NOW, approved)
     assert caught.value.code is code
+    return caught.value
 
 
 def test_attack_rollback_an_older_head_is_refused():
     log = Log(course(4))
-    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW)
+    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW, approved)
     for size in range(log.tree.size):
         stops(LedgerCode.OLDER_HEAD, site, log.proposal(site, size))
 
 
 def test_attack_a_log_cut_off_and_grown_anew_is_a_split_view():
     log = Log(course(4))
-    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW)
+    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW, approved)
     other = Log([*log.leaves[:-3], step("st-clara", 9, 4), abort(), reserve(digest("more")), abort(digest("more"))])
     other.add(reserve(digest("again")))
     for size in range(site.size, other.tree.size + 1):
@@ -230,7 +233,7 @@ def test_attack_two_trees_for_two_sites_and_neither_head_becomes_valid():
         assert caught.value.code is LedgerCode.TOO_FEW_WITNESSES
     seen = {}
     for name, log in zip(NAMES[:4], (one, one, one, two), strict=True):
-        seen[name], _ = witness(name).cosign(SITES[name], log.proposal(witness(name)), NOW)
+        seen[name], _ = witness(name).cosign(SITES[name], log.proposal(witness(name)), NOW, approved)
     one.add(reserve(digest("next")))
     two.add(reserve(digest("next")))
     for name, log in (("st-anna", two), ("st-doris", one)):
@@ -240,7 +243,7 @@ def test_attack_two_trees_for_two_sites_and_neither_head_becomes_valid():
 @pytest.mark.parametrize("changed", [0, 5, 20])
 def test_attack_a_changed_historic_entry_is_seen_by_every_site(changed):
     log = Log(course(4))
-    sites = {n: witness(n).cosign(SITES[n], log.proposal(witness(n)), NOW)[0] for n in NAMES}
+    sites = {n: witness(n).cosign(SITES[n], log.proposal(witness(n)), NOW, approved)[0] for n in NAMES}
     leaves = [*log.leaves, reserve(digest("more"))]
     leaves[changed] = Leaf(leaves[changed].entry, leaves[changed].data.replace(b"1", b"2", 1))
     for name, site in sites.items():
@@ -252,11 +255,11 @@ def test_attack_a_dropped_release_stops_its_site_after_the_patience_and_no_soone
     log = Log([reserve()])
     for slot in range(2, PATIENCE + 2):
         site, _ = sign_on(site, range(slot, slot + 1))
-        site, _ = site.cosign(ANNA, log.proposal(site), NOW)
+        site, _ = site.cosign(ANNA, log.proposal(site), NOW, approved)
     site, _ = sign_on(site, range(PATIENCE + 2, PATIENCE + 3))
     stops(LedgerCode.STEP_MISSING, site, log.proposal(site))
     log.add(*leaves)  # the rest is within the patience
-    assert len(site.cosign(ANNA, log.proposal(site), NOW)[0].pending) == PATIENCE + 1
+    assert len(site.cosign(ANNA, log.proposal(site), NOW, approved)[0].pending) == PATIENCE + 1
 
 
 def test_attack_a_coordinator_that_shows_no_heads_at_all_stops_the_site_too():
@@ -275,9 +278,10 @@ def test_a_release_missing_in_a_finished_study_stops_the_site_in_the_next_one():
     site, _ = sign_on(site, range(1 + PATIENCE, 2 + PATIENCE), later)
     with pytest.raises(LedgerRefusal):
         site.check()
-    free, lost = site.giving_up(STUDY)
-    assert [leaf.entry.slot for leaf in lost] == [1]
-    free.check()
+    log = Log([reserve(), abort(), reserve(later)])
+    free, _ = site.cosign(ANNA, log.proposal(site), NOW, approved, patience=5)
+    assert {leaf.entry.study for _, leaf in free.pending} == {later}, "it can never come into a closed study"
+    free.check(patience=4)
 
 
 def test_attack_a_proof_of_another_leaf_place_or_tree_shows_nothing():
@@ -300,37 +304,37 @@ def test_attack_a_head_of_another_log_or_signer_is_refused():
     far = Note(Checkpoint("consilium/v1/ledger/other", 11, log.tree.root())).signed_by(COORDINATOR)
     stops(LedgerCode.OTHER_LOG, site, log.proposal(site, note=far))
     with pytest.raises(Refusal) as caught:
-        site.cosign(ANNA, log.proposal(site, note=log.note(by=identity("stranger"))), NOW)
+        site.cosign(ANNA, log.proposal(site, note=log.note(by=identity("stranger"))), NOW, approved)
     assert caught.value.code is RefusalCode.BAD_SIGNATURE
 
 
 def test_a_proof_from_another_start_is_no_attack_but_is_named():
     log = Log(course(2))
-    site, _ = witness().cosign(ANNA, log.proposal(witness(), 5), NOW)
+    site, _ = witness().cosign(ANNA, log.proposal(witness(), 5), NOW, approved)
     stops(LedgerCode.OTHER_START, site, log.proposal(site, since=3, consistency=log.tree.consistency(3)))
 
 
 def test_S3_a_site_restored_from_an_old_copy_learns_it_from_its_own_cosignature():
     log = Log(course(2))
-    old, _ = witness().cosign(ANNA, log.proposal(witness(), 5), NOW)
-    new, line = old.cosign(ANNA, log.proposal(old), NOW)
+    old, _ = witness().cosign(ANNA, log.proposal(witness(), 5), NOW, approved)
+    new, line = old.cosign(ANNA, log.proposal(old), NOW, approved)
     mine = log.note().adding(line)
     stops(LedgerCode.STATE_LOST, old, log.proposal(old, note=mine))
     stops(LedgerCode.STATE_LOST, old, log.proposal(old, last=mine))
-    new.cosign(ANNA, log.proposal(new, last=mine), NOW)
+    new.cosign(ANNA, log.proposal(new, last=mine), NOW, approved)
     forged = log.note().adding(replace(line, value=bytes(72)))
     with pytest.raises(Refusal):
-        old.cosign(ANNA, log.proposal(old, last=forged), NOW)
+        old.cosign(ANNA, log.proposal(old, last=forged), NOW, approved)
 
 
 def test_a_refused_head_leaves_the_state_as_it_was_so_that_the_right_one_still_passes():
     log = Log(course(2))
-    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW)
+    site, _ = witness().cosign(ANNA, log.proposal(witness()), NOW, approved)
     before = site.encode()
     stops(LedgerCode.OLDER_HEAD, site, log.proposal(site, 3))
     assert site.encode() == before
     log.add(commit(2))
-    site.cosign(ANNA, log.proposal(site), NOW)
+    site.cosign(ANNA, log.proposal(site), NOW, approved)
 
 
 def test_a_site_never_signs_two_releases_for_one_slot():
@@ -345,7 +349,7 @@ def test_what_a_site_remembers_survives_its_disk_and_a_changed_byte_does_not():
     log = Log(course(2, NAMES[1:]))
     site, leaves = sign_on(witness(), range(1, 3))
     log.add(leaves[0])
-    site, _ = site.cosign(ANNA, log.proposal(site), NOW)
+    site, _ = site.cosign(ANNA, log.proposal(site), NOW, approved)
     data = site.encode()
     assert Witness.decode(data) == site
     assert Witness.decode(witness().encode()) == witness()
@@ -393,6 +397,23 @@ def test_a_malformed_proposal_is_refused(change):
     with pytest.raises(Refusal) as caught:
         Proposal.decode(data.replace(*change, 1))
     assert caught.value.code is RefusalCode.MALFORMED
+
+
+@pytest.mark.parametrize("vector", vectors("proposals"), ids=lambda v: v["name"])
+def test_golden_proposals_are_cosigned_by_every_release(vector):
+    site, proposal = Witness.decode(vector["state"].encode()), Proposal.decode(vector["bytes"].encode())
+    assert (site.encode(), proposal.encode()) == (vector["state"].encode(), vector["bytes"].encode())
+    known, line = site.cosign(ANNA, proposal, NOW, approved)
+    assert (known.size, known.standing(STUDY).end, line.line) == (vector["size"], vector["end"], vector["cosignature"])
+    assert known.pending == ()
+
+
+@pytest.mark.parametrize("vector", vectors("bad_proposals"), ids=lambda v: v["name"])
+def test_bad_proposals_are_refused_with_the_named_code(vector):
+    site = Witness.decode(vector["state"].encode())
+    with pytest.raises((Refusal, LedgerRefusal)) as caught:
+        site.cosign(ANNA, Proposal.decode(vector["bytes"].encode()), NOW, approved)
+    assert caught.value.code.value == vector["code"]
 
 
 # ---- the officer ---------------------------------------------------------------------------------------------

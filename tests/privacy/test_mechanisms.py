@@ -19,46 +19,29 @@ from privacy.journal import Journal
 from privacy.mechanisms import CLIP_ROOM, DEVIATIONS, Mechanism, evaluation, training
 from privacy.noise import Source
 from privacy.study import Study
+from tests import study_kit
+from tests.study_kit import FIVE
 
 MECHANISM = Mechanism(Fraction(1), 40, Fraction(16), Fraction(1, 2), 5)
 KEY = bytes(range(32))
 
-DRAFT = """
-sites = ["st-anna", "st-bona", "st-cara", "st-dora", "st-emma"]
-[study]
-name = "tiny"
-title = "A tiny study"
-purpose = "Testing"
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-[optimiser]
-name = "sgd"
-learning_rate = 0.5
-batch_size = 8
-[rounds]
-count = 20
-local_steps = {steps}
-[aggregation]
-weights = "equal"
-minimum_sites = 4
-[privacy]
-mode = "{mode}"
-noise_multiplier = 1.2
-sampling_rate = 0.1
-patients_bound = 500
-site_patients_bound = 100
-{more}
-[secagg]
-mode = "on"
-"""
+
+def draft(mode: str = "shared", steps: int = 1, **more: object) -> str:
+    return study_kit.draft(
+        sites=FIVE,
+        optimiser={"learning_rate": 0.5, "batch_size": 8},
+        rounds={"count": 20, "local_steps": steps},
+        aggregation={"weights": "equal", "minimum_sites": 4},
+        privacy={
+            "mode": mode, "noise_multiplier": 1.2, "sampling_rate": 0.1, "site_patients_bound": 100,
+            "patients_bound": 500, **more,
+        },
+        secagg={"mode": "on"},
+    )  # fmt: skip
 
 
-def study(mode: str = "shared", steps: int = 1, more: str = "") -> Study:
-    return Study.from_toml(DRAFT.format(mode=mode, steps=steps, more=more))
+def study(mode: str = "shared", steps: int = 1, **more: object) -> Study:
+    return Study.from_toml(draft(mode, steps, **more))
 
 
 def grid_of(sums: np.ndarray, mechanism: Mechanism = MECHANISM) -> np.ndarray:
@@ -104,7 +87,7 @@ def test_N2_the_shares_of_the_least_cohort_without_the_colluders_make_the_whole_
     assert mechanism.share**2 * honest >= Fraction("1.2") ** 2
     assert mechanism.share**2 * honest <= Fraction("1.2") ** 2 * Fraction(1_000_001, 1_000_000)
     assert mechanism.deviation * mechanism.grid >= mechanism.share * mechanism.sensitivity
-    floored = training(study(more="noise_floor = 2"), 1000)
+    floored = training(study(noise_floor=2), 1000)
     assert floored.share == 2
     assert training(study("per-site", 5), 1000).share == Fraction("1.2")
 
@@ -127,7 +110,8 @@ def test_N4_a_number_that_is_none_counts_as_zero_and_noise_is_sent() -> None:
 def test_words_of_several_sites_add_up_modulo_two_to_the_32() -> None:
     sums = [np.linspace(-3, 3, 40) * site for site in range(5)]
     with np.errstate(over="ignore"):
-        total = sum((MECHANISM.release(part, Source()) for part in sums), np.zeros(40, np.uint32))
+        words = [MECHANISM.release(part, Source.for_tests_only(bytes([site]) * 32)) for site, part in enumerate(sums)]
+        total = sum(words, np.zeros(40, np.uint32))
     noise = 6 * math.sqrt(5) * float(MECHANISM.deviation * MECHANISM.grid)
     assert np.abs(MECHANISM.read(total) - sum(sums)).max() < noise
 
@@ -181,7 +165,7 @@ def test_B2_a_round_that_another_slot_paid_for_is_not_noised_anew(tmp_path: Path
     ],
 )
 def test_N3_a_study_that_does_not_fit_its_noise_is_refused_by_name(old: str, new: str, words: str) -> None:
-    text = DRAFT.format(mode="shared", steps=1, more="")
+    text = draft()
     assert old in text
     with pytest.raises(ConsiliumError, match=words):
         Study.from_toml(text.replace(old, new, 1))

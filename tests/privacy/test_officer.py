@@ -126,7 +126,9 @@ def test_grant_shows_in_plain_words_what_is_asked(officer: Officer) -> None:
         ({"cap": "1", "epsilon": "3"}, "cap is below epsilon"),
         ({"epsilon": "much"}, "is not a number"),
         ({"expires": "2020-01-31"}, "would have expired already"),
-        ({"expires": "soon"}, "a time is written as"),
+        ({"expires": "tomorrow"}, "Write a day, such as 2030-01-31 (until its end, UTC), or a moment, such as"),
+        ({"expires": "2100-02-30"}, "This is neither a day nor a moment: --expires 2100-02-30"),
+        ({"expires": "2100-01-31T12:00:00+01:00"}, "a time is written as"),
         ({"site": "st-eva"}, "does not name this site: st-eva"),
         ({"site": "../x"}, "does not name this site"),
         ({"coordinator": "ab" * 16}, "Another key signed this"),
@@ -195,3 +197,13 @@ def test_a_serial_is_never_used_twice(officer: Officer) -> None:
     with pytest.raises(ConsiliumError, match="would have expired"):
         office.grant(STUDY, SITE, "3", "8", "2100-01-31", NOW + timedelta(days=40_000))
     assert office.grant(STUDY, SITE, "3", "8", "2100-01-31", NOW).serial == 3
+
+
+def test_a_paper_that_cannot_be_written_where_it_was_wanted_is_signed_and_its_copy_is_named(officer: Officer) -> None:
+    """Its serial is used, and later grants are held against it, so the officer must know that it is there."""
+    code, _, err = officer("allow", "--site", SITE, "--out", "nowhere/a.json")
+    assert code == 1
+    assert "nowhere/a.json" in err
+    copy = Path(err.replace("\n", "").partition("Hand out its copy: ")[2].strip().rstrip("."))
+    assert Allowance.of(Document.read(copy, Allowance.KIND)).serial == 1
+    assert "serial 1" in err

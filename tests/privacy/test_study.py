@@ -68,6 +68,9 @@ def test_reals_keep_their_value(value):
         ('"st-anna", "st-berta"', '"st-anna", "st-anna"', "twice"),
         ('mode = "off"', 'mode = "on"', "secagg.mode"),
         ('norm = "group"', 'norm = "batch"', "network.norm"),
+        ("weight_standardisation = false", 'weight_standardisation = "yes"', "network.weight_standardisation"),
+        ("ema = 0.0", "ema = 1", "initial weights for ever"),
+        ("ema = 0.0", "ema = 1.5", "aggregation.ema"),
         ("schema = 1", "schema = 2", "schema"),
         ("[task]", "[task", "not valid TOML"),
     ],
@@ -96,6 +99,30 @@ def test_N1_N3_what_keeps_unnoised_state_or_tells_the_sample_is_refused_with_noi
     with pytest.raises(ValueError, match=words):
         noisy._learning_fits()
     study.model_copy(update=parts)._learning_fits()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('choose = "last"', 'choose = "best-validation"', "chooses among the models that were validated"),
+        ('norms = "shared"', 'norms = "local"', "fit the newest model"),
+    ],
+)
+def test_an_average_is_refused_beside_what_speaks_of_single_models(old, new, words):
+    Study.from_toml(DRAFT.replace(old, new))
+    with pytest.raises(ConsiliumError, match=words):
+        Study.from_toml(DRAFT.replace("ema = 0.0", "ema = 0.9").replace(old, new))
+
+
+def test_the_explanation_says_what_is_averaged_and_standardised():
+    plain = dict(explain(Study.from_toml(DRAFT)))
+    changed = DRAFT.replace("ema = 0.0", "ema = 0.90").replace(
+        "weight_standardisation = false", "weight_standardisation = true"
+    )
+    words = dict(explain(Study.from_toml(changed)))
+    assert plain["Published"] == "the model of the last round"
+    assert words["Published"] == "the moving average of the models over the rounds, with decay 0.9"
+    assert words["Network"] == plain["Network"] + ", weights standardised"
 
 
 def test_scaffold_is_refused_with_secure_aggregation():

@@ -183,7 +183,8 @@ def test_the_step_goes_from_blob_to_blob_and_refuses_to_diverge(tmp_path, monkey
     rule = optimizers.Adaptive(0.1, 0.9, 0.99, 0.01)
     once, memory = advance(blobs, rule, total, start, ())
     twice, _ = advance(blobs, rule, total, once, memory)
-    expected, state = np.zeros(5, np.float32), rule.fresh(5)
+    expected = np.zeros(5, np.float32)
+    state = rule.fresh(expected)
     for name in (once, twice):
         rule.step(expected, np.array([[1.0, 2, 3, 4, 5]]), state)
         assert blobs.path(name).read_bytes() == expected.tobytes()

@@ -336,6 +336,29 @@ def test_launch_says_when_nothing_serves(cli: Cli, home: CoordinatorHome, signed
         assert cli("study", "resume", "chest")[2] == ""
 
 
+def test_a_study_without_a_slot_left_is_not_resumed_but_told_so(cli: Cli, home: CoordinatorHome, signed: str) -> None:
+    with Registry(home) as registry:
+        record = registry.launch("chest")
+        course, most = registry.course(record.hash), record.study.slots
+        for number in range(1, most - 1):
+            request = (b"{}", "a" * 64, record.weights, tuple(record.study.sites))
+            course.open_slot(SlotRecord(number, 1, 1, "train", number, *request, SlotState.OPEN, "", "", ""))
+            if number == most - 2:
+                registry.transition(record.hash, State.PAUSED, "a test")
+                registry.resume("chest")  # the slot that is open goes on
+                assert registry.study("chest").state is State.REQUESTED
+            course.close_slot(number, SlotState.FAILED, "a test")
+        registry.transition(record.hash, State.PAUSED, "the reserve is used up")
+    code, _, err = cli("study", "resume", "chest")
+    assert code == 1
+    assert "No slot is left for another round" in err
+    assert "A longer run is a new study" in err
+    with Registry(home) as registry:
+        assert registry.study("chest").state is State.PAUSED
+    assert cli("study", "stop", "chest", "--yes")[0] == 0
+    assert "No slot is left" in cli("study", "launch", "chest")[2]
+
+
 def test_moves_that_make_no_sense_are_refused_with_a_remedy(cli: Cli, signed: str) -> None:
     code, _, err = cli("study", "resume", "chest")
     assert code == 1

@@ -19,7 +19,8 @@ from privacy.ledger import Leaf
 from privacy.ledger_check import verify_file
 from privacy.ledger_codes import LedgerCode, LedgerRefusal
 from privacy.merkle import consistent, included
-from server.ledger import Ledger
+from privacy.proposal import Proposal
+from server.ledger import SHOWN, SHOWN_STUDIES, Ledger
 from server.ledger_tables import cosignatures, heads, leaves
 from tests.privacy.ledger_kit import (
     CONSORTIUM,
@@ -30,6 +31,7 @@ from tests.privacy.ledger_kit import (
     SITES,
     STUDY,
     abort,
+    approved,
     commit,
     course,
     digest,
@@ -93,7 +95,7 @@ def sign(ledger: Ledger, sites=NAMES) -> Note:
     """A new head, and the cosignatures of sites that see it for the first time."""
     size = ledger.checkpoint(COORDINATOR).checkpoint.size
     for name in sites:
-        line = witness(name).cosign(SITES[name], ledger.proposal(name, 0), NOW)[1]
+        line = witness(name).cosign(SITES[name], ledger.proposal(name, 0), NOW, approved)[1]
         ledger.add_cosignature(size, name, line, SITES[name].public)
     return ledger.note()
 
@@ -178,7 +180,7 @@ def test_sites_cosign_round_after_round_and_the_head_becomes_valid(ledger, open_
         for count, name in enumerate(NAMES):
             valid = ledger.valid_note(COORDINATOR.public, WITNESSES, 1)
             assert (valid is not None and valid.checkpoint.size == size) == (count >= 4)
-            sites[name], line = sites[name].cosign(SITES[name], ledger.proposal(name, sites[name].size), NOW)
+            sites[name], line = sites[name].cosign(SITES[name], ledger.proposal(name, sites[name].size), NOW, approved)
             ledger.add_cosignature(size, name, line, SITES[name].public)
             assert sites[name].pending == ()
     assert open_().valid_note(COORDINATOR.public, WITNESSES, 1) == ledger.note()
@@ -188,7 +190,7 @@ def test_sites_cosign_round_after_round_and_the_head_becomes_valid(ledger, open_
 def test_a_wrong_cosignature_is_not_kept(ledger):
     ledger.append(course(1))
     size = ledger.checkpoint(COORDINATOR).checkpoint.size
-    line = witness("st-anna").cosign(SITES["st-anna"], ledger.proposal("st-anna", 0), NOW)[1]
+    line = witness("st-anna").cosign(SITES["st-anna"], ledger.proposal("st-anna", 0), NOW, approved)[1]
     with pytest.raises(Refusal):
         ledger.add_cosignature(size, "st-anna", line, SITES["st-berta"].public)
     with pytest.raises(LedgerRefusal):
@@ -200,7 +202,7 @@ def test_S3_a_site_that_forgot_learns_it_from_the_coordinators_records(ledger):
     ledger.append(course(1))
     sign(ledger, ["st-anna"])
     with pytest.raises(LedgerRefusal) as caught:
-        witness("st-anna").cosign(SITES["st-anna"], ledger.proposal("st-anna", 0), NOW)
+        witness("st-anna").cosign(SITES["st-anna"], ledger.proposal("st-anna", 0), NOW, approved)
     assert caught.value.code is LedgerCode.STATE_LOST
 
 
@@ -218,9 +220,42 @@ def test_releases_left_out_of_a_proposal_are_proven_when_asked_for(ledger):
     ledger.append([commit(3)])
     size = ledger.checkpoint(COORDINATOR).checkpoint.size
     mine = [leaf.hash for leaf in entries if getattr(leaf.entry, "site", "") == "st-anna"]
-    assert set(ledger.proposal("st-anna", 0).included) == set(mine)
+    own = [entries[0].hash, commit(3).hash]
+    assert set(ledger.proposal("st-anna", 0).included) == {*mine, *own}
     assert set(ledger.proposal("st-anna", size).included) == set()
-    assert set(ledger.proposal("st-anna", size, [mine[1], bytes(32)]).included) == {mine[1]}
+    assert set(ledger.proposal("st-anna", size, [mine[1], bytes(32)]).included) == {mine[1], *own}
+
+
+def test_a_site_is_shown_what_the_coordinator_wrote_of_its_studies(ledger):
+    """Of the study in which it is asked always; of its others what is new; of studies of other sites nothing."""
+    second, third = digest("second"), digest("third")
+    ledger.append([*course(2), reserve(second), reserve(third, sites=NAMES[1:]), abort(third)])
+    size = ledger.checkpoint(COORDINATOR).checkpoint.size
+    ledger.append([abort(second)])
+
+    def shown(since: int, study: str = "") -> list[bytes]:
+        proposal = ledger.proposal("st-anna", since, study=study)
+        assert all(proposal.shows(leaf) is not None for leaf in proposal.entries)
+        return [leaf.data for leaf in proposal.entries]
+
+    assert shown(0) == [reserve().data, reserve(second).data]
+    assert shown(size) == []
+    assert shown(size, STUDY) == [reserve().data]
+    ledger.checkpoint(COORDINATOR)
+    assert shown(size, STUDY) == [reserve().data, reserve(second).data, abort(second).data]
+    assert shown(size + 1, third) == []
+
+
+def test_a_proposal_stays_below_its_limit_with_as_many_studies_and_releases_as_it_may_show(ledger):
+    sites = [f"st-{number:02d}-{'x' * 20}" for number in range(49)] + ["st-anna"]
+    for number in range(SHOWN_STUDIES + 3):
+        study = digest("study", number)
+        ledger.append([reserve(study, sites=sites), *(step("st-anna", s, study=study) for s in range(1, 6))])
+        ledger.append([abort(study)])
+    ledger.checkpoint(COORDINATOR)
+    proposal = ledger.proposal("st-anna", 0)
+    assert len(proposal.included) == SHOWN + 2 * SHOWN_STUDIES
+    assert Proposal.decode(proposal.encode()) == proposal
 
 
 def test_the_officer_believes_the_exported_file_and_not_a_changed_one(ledger, tmp_path):
@@ -299,7 +334,7 @@ def test_attack_a_head_put_into_the_database_is_not_believed(ledger, open_):
 
 WRITER = """
 import sys
-from server.ledger import Ledger
+from server.ledger import SHOWN, SHOWN_STUDIES, Ledger
 from tests.privacy.ledger_kit import CONSORTIUM, COORDINATOR, reserve, step
 ledger = Ledger(sys.argv[1], CONSORTIUM)
 ledger.append([reserve(slots=100000)])

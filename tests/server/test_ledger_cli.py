@@ -17,6 +17,7 @@ from privacy.checkpoint import origin
 from privacy.claims import epsilon_rdp, rounded
 from privacy.errors import ConsiliumError
 from privacy.ledger import Abort, Commit, Leaf, Step
+from privacy.reservation import differences
 from privacy.terminal import run
 from privacy.witness import Witness
 from server.books import Books
@@ -91,7 +92,7 @@ def witness(bench: Bench, names: tuple[str, ...]) -> None:
         for name in names:
             who, at = bench.sites[name].identity, int(datetime.now(UTC).timestamp())
             fresh = Witness(name, "consortium", bench.identity.public)
-            line = fresh.cosign(who, ledger.proposal(name, 0), at)[1]
+            line = fresh.cosign(who, ledger.proposal(name, 0), at, lambda found: differences(bench.study, found))[1]
             ledger.add_cosignature(size, name, line, who.public)
 
 

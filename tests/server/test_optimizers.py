@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from privacy.study import Aggregation
+from privacy.sections import Aggregation
 from server import optimizers
 
 
@@ -30,7 +30,7 @@ def fedadam(rate: float = 0.5, tau: float = 0.1):
 def test_fedadam_first_step_by_hand():
     """Reddi 2021, Algorithm 2, one coordinate, Δ = 2: m = 0.2, v = 0.99·0.01 + 0.01·4 = 0.0499."""
     weights, rule = np.array([1.0], np.float32), fedadam()
-    memory = rule.fresh(1)
+    memory = rule.fresh(weights)
     rule.step(weights, np.array([[2.0]]), memory)
     assert memory[0][0] == pytest.approx(0.2)
     assert memory[1][0] == pytest.approx(0.0499)
@@ -41,7 +41,7 @@ def test_fedadam_first_step_by_hand():
 def test_fedadam_closed_form_for_a_constant_update(steps):
     """With Δ constant, m_t = (1 − β₁ᵗ) Δ and v_t = β₂ᵗ τ² + (1 − β₂ᵗ) Δ²."""
     rule, update, weights = fedadam(rate=0.01), 0.3, np.zeros(4, np.float32)
-    memory, expected = rule.fresh(4), 0.0
+    memory, expected = rule.fresh(weights), 0.0
     for t in range(1, steps + 1):
         rule.step(weights, np.full((1, 4), update), memory)
         first = (1 - 0.9**t) * update
@@ -61,7 +61,7 @@ def fedyogi():
 def test_fedyogi_first_step_by_hand(update, square):
     """Reddi 2021, Algorithm 2: v moves by at most (1 − β₂) Δ², up when Δ² is larger than v and down when smaller."""
     weights, rule = np.array([1.0], np.float32), fedyogi()
-    memory = rule.fresh(1)
+    memory = rule.fresh(weights)
     rule.step(weights, np.array([[update]]), memory)
     assert memory[1][0] == pytest.approx(square)
     assert weights[0] == pytest.approx(1.0 + 0.5 * 0.1 * update / (np.sqrt(square) + 0.1), rel=1e-6)
@@ -70,7 +70,8 @@ def test_fedyogi_first_step_by_hand(update, square):
 def test_fedavgm_gathers_speed():
     """Hsu 2019: with Δ constant the velocity is Δ (1 − βᵗ) / (1 − β)."""
     rule = optimizers.of(Aggregation.model_validate({"strategy": "fedavgm", "beta_1": 0.5}))
-    weights, memory = np.zeros(2, np.float32), rule.fresh(2)
+    weights = np.zeros(2, np.float32)
+    memory = rule.fresh(weights)
     for _ in range(3):
         rule.step(weights, np.full((1, 2), 4.0), memory)
     assert memory[0].tolist() == [7.0, 7.0]
@@ -80,7 +81,8 @@ def test_fedavgm_gathers_speed():
 def test_scaffold_moves_the_control_by_the_share_of_sites_that_answered():
     """Karimireddy 2020, Algorithm 1, line 17: c ← c + 1/N Σ over the answering Δc = |S|/N × their mean."""
     rule = optimizers.of(Aggregation.model_validate({"strategy": "scaffold"}), sites=5)
-    weights, memory = np.array([1.0], np.float32), rule.fresh(1)
+    weights = np.array([1.0], np.float32)
+    memory = rule.fresh(weights)
     rule.step(weights, np.array([[0.5], [10.0]]), memory, 3)
     assert (weights[0], memory[0][0]) == (1.5, 6.0)
     assert rule.sent == 1
@@ -88,13 +90,20 @@ def test_scaffold_moves_the_control_by_the_share_of_sites_that_answered():
 
 @pytest.mark.parametrize(
     "rule",
-    [optimizers.Averaging(0.7), optimizers.Momentum(0.7, 0.9), fedadam(), fedyogi(), optimizers.Scaffold(0.7, 3)],
-    ids=["averaging", "momentum", "adam", "yogi", "scaffold"],
+    [
+        optimizers.Averaging(0.7),
+        optimizers.Momentum(0.7, 0.9),
+        fedadam(),
+        fedyogi(),
+        optimizers.Scaffold(0.7, 3),
+        optimizers.Averaged(optimizers.Scaffold(0.7, 3), 0.9, 4),
+    ],
+    ids=["averaging", "momentum", "adam", "yogi", "scaffold", "averaged"],
 )
 def test_a_model_in_blocks_is_the_model_at_once(rule):
     rng = np.random.default_rng(1)
     whole, blocks = (np.linspace(-1, 1, 101).astype(np.float32) for _ in range(2))
-    memory, parts = rule.fresh(101), rule.fresh(101)
+    memory, parts = rule.fresh(whole), rule.fresh(blocks)
     for _ in range(3):
         update = rng.normal(size=(1 + rule.sent, 101))
         rule.step(whole, update.copy(), memory)
@@ -103,3 +112,32 @@ def test_a_model_in_blocks_is_the_model_at_once(rule):
             rule.step(blocks[cut], update[:, cut].copy(), [array[cut] for array in parts])
     assert whole.tobytes() == blocks.tobytes()
     assert [m.tobytes() for m in memory] == [m.tobytes() for m in parts]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam", "scaffold"])
+def test_the_average_follows_any_rule_and_changes_nothing_of_it(strategy):
+    """After t rounds the decay is min(β, (1 + t) / (10 + t)): 0.1, 0.1818, 0.25, 0.3, 0.3, ... for β = 0.3."""
+    plain = Aggregation.model_validate({"strategy": strategy, "server_learning_rate": 0.5})
+    averaged = Aggregation.model_validate({**plain.model_dump(), "ema": "0.3"})
+    one, other = (np.linspace(-1, 1, 7).astype(np.float32) for _ in range(2))
+    memory, kept = optimizers.of(plain, 3).fresh(one), optimizers.of(averaged, 3).fresh(other)
+    expected, rng = one.astype(np.float64), np.random.default_rng(2)
+    for done in range(6):
+        rule, wrapped = optimizers.of(plain, 3), optimizers.of(averaged, 3, done)
+        assert (wrapped.sent, wrapped.memory) == (rule.sent, rule.memory + 1)
+        update = rng.normal(size=(1 + rule.sent, 7))
+        rule.step(one, update.copy(), memory, 2)
+        wrapped.step(other, update.copy(), kept, 2)
+        assert other.tobytes() == one.tobytes()
+        assert [m.tobytes() for m in kept[:-1]] == [m.tobytes() for m in memory]
+        decay = (0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3)[done]
+        expected = decay * expected + (1 - decay) * one
+        np.testing.assert_allclose(kept[-1], expected, rtol=1e-6)
+
+
+def test_without_a_decay_there_is_no_average():
+    assert optimizers.of(Aggregation(), 3, 5) == optimizers.Averaging(1.0)
+    assert optimizers.outcome(Aggregation(), "model", ("memory",)) == "model"
+    averaged = Aggregation.model_validate({"ema": 0.9})
+    assert optimizers.outcome(averaged, "model", ("memory", "average")) == "average"
+    assert optimizers.outcome(averaged, "model", ()) == "model", "no round has counted"

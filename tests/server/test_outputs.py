@@ -232,6 +232,30 @@ def test_export_copies_the_folder_or_unpacks_what_the_sites_got(case: Case, tmp_
     assert {path.name for path in copied} == {"model.safetensors", "MODEL_CARD.md", "metrics.json", "study.json"}
 
 
+def test_an_export_that_finds_no_room_leaves_nothing_and_names_what_it_wrote(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import shutil
+
+    package = publisher(case.home, case.registry)(case.record, 2, case.weights, case.history, case.test)
+    case.registry.add_model(case.record.hash, 2, case.registry.blobs.put(package), case.test.metrics)
+    copy = shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if source.name == "model.safetensors":
+            target.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left") as caught:
+        export(case.home, case.registry, case.record, out)
+    assert caught.value.filename == str(out / "bundle" / "models" / "model.safetensors")
+    assert list(out.iterdir()) == []
+
+
 def test_the_commands_show_and_export_a_model(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     package = publisher(case.home, case.registry)(case.record, 2, case.weights, case.history, case.test)
     case.registry.add_model(case.record.hash, 2, case.registry.blobs.put(package), case.test.metrics)

@@ -257,3 +257,12 @@ def test_b4_sign_asks_the_second_accountant_and_refuses_what_it_contradicts(
     assert (code, err) == (0, "")
     assert "noise_multiplier = " in out
     assert cli("study", "plan", "chest.study.json", "--epsilon", "3", "--write")[0] == 1
+
+
+@pytest.mark.parametrize("epsilon", ["nan", "inf", "-inf"])
+def test_an_epsilon_that_is_no_number_is_refused_in_words(cli: Cli, epsilon: str) -> None:
+    Path("chest.toml").write_text(noised())
+    code, _, err = cli("study", "plan", "chest.toml", f"--epsilon={epsilon}")
+    assert code in {1, 2}
+    assert "--epsilon" in err
+    assert "Traceback" not in err

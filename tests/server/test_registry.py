@@ -10,11 +10,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from privacy.errors import ConsiliumError, Refusal
+from privacy.files import write_atomically
 from privacy.identity import Identity
 from privacy.study import approval
 from server import tables
 from server.blobs import Blobs
-from server.home import CoordinatorConfig, CoordinatorHome, write_atomically
+from server.home import CoordinatorConfig, CoordinatorHome
 from server.records import LIVE, TRANSITIONS, SlotRecord, SlotState, State
 from server.registry import Registry
 from tests.server.round_kit import INITIAL, Bench

@@ -25,7 +25,7 @@ def finish(bench: Bench) -> State:
 
 def bench_of(folder, strategy="fedadam"):
     rates = {"server_learning_rate": 0.1} if strategy == "fedadam" else {}
-    return Bench(folder, 2, rounds={"count": 2}, aggregation={"strategy": strategy, **rates})
+    return Bench(folder, 2, rounds={"count": 2}, aggregation={"strategy": strategy, "ema": "0.5", **rates})
 
 
 def same_sites(bench: Bench, other: Bench) -> None:
@@ -137,6 +137,8 @@ def test_s2_killed_between_publishing_and_noting_it(tmp_path):
 def check(bench: Bench, calm: Bench, state: State) -> None:
     assert state is State.FINISHED
     assert bench.weights().tobytes() == calm.weights().tobytes()
+    averages = [b.registry.blobs.path(b.course.checkpoints()[-1].memory[-1]).read_bytes() for b in (bench, calm)]
+    assert averages[0] == averages[1] != calm.weights().tobytes()
     assert all(len(hashes) == 1 for hashes in bench.wire.requests.values()), "a slot was bound to two requests"
     slots = bench.course.slots()
     assert [s.slot for s in slots] == list(range(1, len(slots) + 1))

@@ -329,6 +329,17 @@ def test_too_few_answers_repeat_the_round_in_the_next_slot(tmp_path):
     assert "2 of at least 3 sites answered (cleo refused" in bench.course.slot(2).reason
 
 
+def test_a_site_still_at_work_when_too_few_are_left_is_not_called_late(tmp_path):
+    bench = Bench(tmp_path, aggregation={"minimum_sites": 3})
+    bench.sites["anna"].delay = 20.0
+    bench.sites["cleo"].refuse = lambda r: RefusalCode.NON_FINITE if r.header.slot == 2 else None
+    assert bench.run() is State.FINISHED
+    (anna,) = [o for o in bench.course.outcomes(2) if o.site == "anna"]
+    assert (anna.state, anna.code) == (OutcomeState.LOST, "")
+    assert anna.reason == "not waited for, since too few others were left"
+    assert "deadline" not in bench.course.slot(2).reason
+
+
 def test_a_used_up_reserve_pauses_with_the_reason_and_stays_within_the_plan(tmp_path):
     bench = Bench(tmp_path, aggregation={"minimum_sites": 3})
     bench.sites["cleo"].refuse = lambda r: RefusalCode.NON_FINITE if r.header.slot >= 2 else None

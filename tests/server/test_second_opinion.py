@@ -12,40 +12,20 @@ from privacy.claims import epsilon_pld, epsilon_rdp
 from privacy.errors import ConsiliumError
 from privacy.study import Study
 from server.second_opinion import ERROR, MOST_APART, check, prv
+from tests import study_kit
+from tests.study_kit import FIVE
 
 torch.set_num_threads(1)
 
-DRAFT = """
-sites = ["st-anna", "st-bona", "st-cara", "st-dora", "st-emma"]
-[study]
-name = "tiny"
-title = "A tiny study"
-purpose = "Testing"
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-[optimiser]
-name = "sgd"
-[rounds]
-count = 300
-local_steps = 1
-[aggregation]
-weights = "equal"
-minimum_sites = 4
-[privacy]
-mode = "shared"
-noise_multiplier = {sigma}
-sampling_rate = 0.05
-[secagg]
-mode = "on"
-"""
-
 
 def study(sigma: str = "1.2") -> Study:
-    return Study.from_toml(DRAFT.format(sigma=sigma))
+    return study_kit.study(
+        sites=FIVE,
+        rounds={"count": 300, "local_steps": 1},
+        aggregation={"weights": "equal", "minimum_sites": 4},
+        privacy={"mode": "shared", "noise_multiplier": sigma, "sampling_rate": 0.05},
+        secagg={"mode": "on"},
+    )
 
 
 def by_the_central_limit(event: Event, delta: str) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,35 +18,23 @@ from privacy.terminal import run
 from server import arms
 from server.cli import app
 from server.simulation import POOLED, Simulation, metrics, names
+from tests import study_kit
+from tests.study_kit import Sections
 
 SITES = ("north", "south", "west")
 
-DRAFT = """
-sites = ["north", "south", "west"]
-[study]
-name = "tiny"
-title = "A tiny study"
-purpose = "To test."
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-augmentation = [{ name = "random_flip" }]
-[optimiser]
-name = "sgd"
-learning_rate = 0.02
-batch_size = 8
-[rounds]
-count = 3
-local_steps = 2
-seed = 11
-"""
+
+SECURE: Sections = {"aggregation": {"minimum_sites": 3}, "secagg": {"mode": "on"}}
+ADAPTIVE: Sections = {"aggregation": {"strategy": "fedadam", "server_learning_rate": 0.01}}
+TINY: Sections = {
+    "input": {"augmentation": [{"name": "random_flip"}]},
+    "optimiser": {"learning_rate": 0.02, "batch_size": 8},
+    "rounds": {"count": 3, "local_steps": 2, "seed": 11},
+}
 
 
-def draft(extra: str = "") -> Study:
-    return Study.from_toml(DRAFT + extra)
+def draft(**sections: Mapping[str, Any]) -> Study:
+    return study_kit.study("tiny", SITES, **TINY, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -71,36 +61,40 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        '[aggregation]\nstrategy = "fedyogi"\nserver_learning_rate = 0.01\n',
-        '[aggregation]\nstrategy = "scaffold"\n[local]\nnorms = "local"\npersonal = "ditto"\n',
-    ],
-    ids=["fedyogi", "scaffold with own norms and personal models"],
-)
-def test_two_simulations_are_equal_bit_for_bit(data: Path, extra: str) -> None:
-    found = []
-    for _ in range(2):
-        with Simulation(data, SITES, threads=1) as fresh:
-            finished = fresh.run(arms.together(draft(extra), SITES))
-            assert finished.test is not None
-            history = fresh.registry.course(finished.record.hash).evaluations("validation")
-            figures = [(number, dict(one.metrics)) for number, one in sorted(history.items())]
-            found.append((digest(finished.model), dict(finished.test.metrics), figures, finished.record.hash))
-    assert found[0] == found[1]
+FOUR = ("east", *SITES)
+REPEATED: dict[str, Sections] = {
+    "fedyogi": {"aggregation": {"strategy": "fedyogi", "server_learning_rate": 0.01}},
+    "scaffold": {"aggregation": {"strategy": "scaffold"}, "local": {"norms": "local", "personal": "ditto"}},
+    "secure": SECURE,
+}
 
 
-def test_secure_sums_repeat_themselves_too(data: Path) -> None:
-    """Masks are drawn anew in every run; what is opened is the exact sum on the grid."""
-    sites, found = ("east", *SITES), []
-    study = draft('[aggregation]\nminimum_sites = 3\n[secagg]\nmode = "on"\n')
-    for _ in range(2):
-        with Simulation(data, sites, threads=1) as fresh:
-            finished = fresh.run(arms.together(study, sites))
-            assert finished.test is not None
-            found.append((digest(finished.model), dict(finished.test.metrics)))
-    assert found[0] == found[1]
+def found(simulation: Simulation, name: str) -> tuple[object, ...]:
+    """Everything that a study leaves and that may be equal."""
+    finished = simulation.run(arms.together(draft(study={"name": name}, **REPEATED[name]), FOUR))
+    assert finished.test is not None
+    history = simulation.registry.course(finished.record.hash).evaluations("validation")
+    figures = [(number, dict(one.metrics)) for number, one in sorted(history.items())]
+    return digest(finished.model), dict(finished.test.metrics), figures, finished.record.hash
+
+
+@pytest.fixture(scope="module")
+def twice(data: Path) -> list[dict[str, tuple[object, ...]]]:
+    """What each study leaves in two simulations, which run them in opposite orders."""
+    runs = []
+    for order in (list(REPEATED), list(reversed(REPEATED))):
+        with Simulation(data, FOUR, threads=1) as fresh:
+            runs.append({name: found(fresh, name) for name in order})
+    return runs
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_two_simulations_are_equal_bit_for_bit_whatever_ran_before(
+    twice: list[dict[str, tuple[object, ...]]], name: str
+) -> None:
+    """With secure sums too: masks are drawn anew in every run, and what is opened is the exact sum on the grid."""
+    one, other = twice
+    assert one[name] == other[name]
 
 
 def test_without_a_seed_they_are_not(simulation: Simulation) -> None:
@@ -132,7 +126,7 @@ def test_a_hospital_alone_sees_no_other_and_a_hospital_left_out_is_not_asked(sim
 
 
 def test_equal_compute_means_the_rule_of_the_server_only_acts_where_there_is_something_to_combine() -> None:
-    study = draft('[aggregation]\nstrategy = "fedadam"\nserver_learning_rate = 0.01\n')
+    study = draft(**ADAPTIVE)
     assert arms.together(study, SITES).aggregation.strategy == "fedadam"
     for plan in (arms.alone(study, SITES, "west"), arms.pooled(study, POOLED, 3)):
         assert (plan.aggregation.strategy, plan.aggregation.server_learning_rate) == ("fedavg", "1")
@@ -141,7 +135,7 @@ def test_equal_compute_means_the_rule_of_the_server_only_acts_where_there_is_som
 
 
 def test_the_arms_of_a_study_with_secure_sums_are_studies_that_can_stand() -> None:
-    study = draft('[aggregation]\nminimum_sites = 3\n[secagg]\nmode = "on"\n')
+    study = draft(**SECURE)
     four = ("east", *SITES)
     assert arms.alone(study, four, "east").secagg.mode == "off"
     assert arms.pooled(study, POOLED, 4).secagg.mode == "off"
@@ -173,7 +167,7 @@ def call(*arguments: str) -> int:
 @pytest.fixture
 def study_file(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(DRAFT)
+    path.write_text(study_kit.draft("tiny", SITES, **TINY))
     return path
 
 

@@ -7,10 +7,14 @@ names in `tests/privacy/ledger_kit.py` and serve nothing else.
     notes.json / bad_notes.json      a head with its cosignatures, and what it needs; or the code of the refusal
     trees.json                       roots and proofs over the leaves 00, 01, 02, …
     ledgers.json / bad_ledgers.json  whole exported files under one roster; or words of the error
+    proposals.json / bad_proposals.json
+                                     the payload of a request of kind "witness", and what st-anna answers who has signed
+                                     slots 1 and 2; or the code of the refusal
 """
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from privacy.canonical import canonical
@@ -19,6 +23,7 @@ from privacy.identity import Document
 from privacy.ledger import Leaf
 from privacy.ledger_check import first_line
 from privacy.merkle import Tree, leaf_hash
+from privacy.witness import Witness
 from tests.privacy.ledger_kit import (
     COORDINATOR,
     LOG,
@@ -29,6 +34,7 @@ from tests.privacy.ledger_kit import (
     STUDY,
     Log,
     abort,
+    approved,
     commit,
     cosigned,
     course,
@@ -36,6 +42,7 @@ from tests.privacy.ledger_kit import (
     identity,
     reserve,
     step,
+    witness,
 )
 
 HERE = Path(__file__).parent / "ledger"
@@ -204,8 +211,10 @@ def trees() -> list[dict]:
     ]
 
 
-def file_of(leaves_: list[Leaf], sites=NAMES, size: int | None = None) -> str:
-    note = cosigned(Log(leaves_), sites, size)
+def file_of(leaves_: list[Leaf], sites=NAMES) -> str:
+    """An exported file, cosigned by sites that look at nothing but the head."""
+    note = Log(leaves_).note()
+    note = note.adding(*(cosign(note.checkpoint, witness_name(LOG, s), SITES[s], NOW) for s in sites))
     return (first_line(note, len(leaves_)) + b"".join(leaf.data + b"\n" for leaf in leaves_)).decode()
 
 
@@ -249,9 +258,75 @@ def bad_ledgers() -> list[dict]:
     ]
 
 
+def anna() -> Witness:
+    """st-anna once she has signed a release for slots 1 and 2, and cosigned nothing yet."""
+    site = witness("st-anna")
+    for leaf in (step("st-anna", 1), step("st-anna", 2)):
+        site, signed = site.step(SITES["st-anna"], STUDY, leaf.entry.slot, leaf.entry.request, leaf.entry.release)
+        assert signed.data == leaf.data
+    return site
+
+
+def proposals() -> list[dict]:
+    site, rows = anna(), []
+    own = [step("st-anna", 1), step("st-anna", 2)]
+    both = Log([reserve(), *own, commit(2), reserve(OTHER)])
+    for name, log in [("two-releases", Log([reserve(), *own])), ("and-the-end", both)]:
+        proposal = log.proposal(site)
+        known, line = site.cosign(SITES["st-anna"], proposal, NOW, approved)
+        said = {"size": known.size, "end": known.standing(STUDY).end, "cosignature": line.line}
+        rows.append({"name": name, "state": site.encode().decode(), "bytes": proposal.encode().decode(), **said})
+    return rows
+
+
+def bad_proposals() -> list[dict]:
+    site = anna()
+    own = [step("st-anna", 1), step("st-anna", 2)]
+    log = Log([reserve(), *own, commit(2)])
+    good = log.proposal(site)
+    text = good.encode().decode()
+    plan, last = log.leaves[0], log.leaves[3]
+    cheaper = Leaf.of(plan.entry.model_copy(update={"plan": digest("cheaper")}))
+    misplaced = {**good.included, plan.hash: replace(good.included[plan.hash], index=1)}
+    hidden = {h: i for h, i in good.included.items() if h != plan.hash}
+
+    def shown(*leaves_: Leaf, **changes) -> str:
+        return Log(leaves_).proposal(site, **changes).encode().decode()
+
+    def again(**changes) -> str:
+        return canonical({**json.loads(text), **changes}).decode()
+
+    cases = [
+        ("empty", "", "malformed"),
+        ("truncated", text[:-1], "malformed"),
+        ("version-2", again(proposal=2), "malformed"),
+        ("unknown-field", again(patients=3), "malformed"),
+        ("entries-missing", text.replace('"entries"', '"leaves"'), "malformed"),
+        ("entries-not-a-list", again(entries=3), "malformed"),
+        ("entry-not-a-leaf", again(entries=["{}"]), "malformed"),
+        ("entry-is-a-release", again(entries=[own[0].data.decode()]), "malformed"),
+        ("since-as-truth", again(since=True), "malformed"),
+        ("proof-not-hashes", again(consistency="00"), "malformed"),
+        ("note-not-signed", again(note=good.note.encode().decode().replace("\n4\n", "\n5\n", 1)), "bad-signature"),
+        ("note-of-a-stranger", again(note=log.note(by=identity("stranger")).encode().decode()), "bad-signature"),
+        ("another-start", again(since=2), "other-start"),
+        ("reserve-not-shown", shown(*log.leaves, entries=(last,)), "reserve-missing"),
+        ("reserve-not-proven", shown(*log.leaves, included=hidden), "reserve-missing"),
+        ("reserve-in-another-place", shown(*log.leaves, included=misplaced), "reserve-missing"),
+        ("reserve-behind-the-release", shown(*own, reserve()), "reserve-missing"),
+        ("reserve-of-another-plan", shown(cheaper, *own), "reserve-wrong"),
+        ("reserved-twice", shown(reserve(), *own, cheaper), "reserved-twice"),
+        ("commit-of-fewer-slots", shown(reserve(), *own, commit(1)), "slots-used"),
+        ("commit-of-more-slots", shown(reserve(), *own, commit(41)), "slots-used"),
+        ("release-behind-the-end", shown(reserve(), own[0], abort(), own[1]), "study-closed"),
+    ]
+    state = site.encode().decode()
+    return [{"name": name, "code": code, "state": state, "bytes": data} for name, data, code in cases]
+
+
 def main() -> None:
     HERE.mkdir(exist_ok=True)
-    for make in (leaves, bad_leaves, notes, bad_notes, trees, ledgers, bad_ledgers):
+    for make in (leaves, bad_leaves, notes, bad_notes, trees, ledgers, bad_ledgers, proposals, bad_proposals):
         text = json.dumps(make(), indent=1)
         (HERE / f"{make.__name__}.json").write_text(text + "\n", encoding="utf-8")
 

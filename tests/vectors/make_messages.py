@@ -29,6 +29,7 @@ KINDS = {
     "test": (5, 3),
     "survivors": (3, 2),
     "unmask": (3, 2),
+    "witness": (0, 0),
     "deliver": (0, 3),
 }
 
@@ -116,6 +117,9 @@ def bad() -> list[dict]:
         ("slot-as-truth", resigned(slot=True), "malformed"),
         ("unmask-without-slot", resigned(kind="unmask", slot=0), "malformed"),
         ("keys-with-slot", resigned(kind="keys"), "malformed"),
+        ("witness-with-slot", resigned(kind="witness"), "malformed"),
+        ("witness-spelt-otherwise", resigned(kind="Witness", slot=0), "malformed"),
+        ("witness-carries-the-proposal", resigned(kind="witness", slot=0, proposal="{}"), "malformed"),
         ("slot-negative", resigned(slot=-3), "malformed"),
         ("slot-zero", resigned(slot=0), "malformed"),
         ("cohort-unsorted", resigned(cohort=["st-berta", "st-anna"]), "malformed"),

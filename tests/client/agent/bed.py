@@ -30,33 +30,13 @@ from privacy.identity import Document, Identity
 from privacy.messages import Answer, Header
 from privacy.roster import Consortium, Roster, RosterSite, expiry
 from privacy.study import Study
+from tests import study_kit
+from tests.study_kit import Sections, merged
 
 SITE = "st-anna"
 ROOT = Path(__file__).resolve().parents[3]
 
 torch.set_num_threads(1)
-
-DRAFT = """
-sites = ["st-anna", "st-bona"]
-[study]
-name = "tiny"
-title = "A tiny study"
-purpose = "Testing the agent"
-[task]
-classes = ["normal", "finding"]
-[network]
-name = "resnet-small"
-[input]
-size = [8, 8]
-[optimiser]
-name = "sgd"
-learning_rate = 0.05
-batch_size = 8
-[rounds]
-count = 4
-local_steps = {steps}
-reserve = 2
-"""
 
 
 def node_key() -> str:
@@ -178,10 +158,11 @@ def make_bed(
     folder: Path,
     steps: int = 3,
     images: int = 40,
-    change: Callable[[str], str] = lambda text: text,
     others: Mapping[str, Identity] | None = None,
+    **sections: Mapping[str, Any],
 ) -> Bed:
     """A site's home; `others` are the rest of the roster, by default one that nobody plays."""
+    others = others or {"st-bona": Identity.generate()}
     coordinator, identity = Identity.generate(), None
     home = SiteHome(folder)
     home.agent.mkdir(parents=True)
@@ -189,13 +170,17 @@ def make_bed(
     consortium = Consortium(name="trio", coordinator=coordinator.public, superlink="fl.example.org:8443", ca="none")
     consortium.signed(coordinator).write(home.consortium_file)
     identity = Identity.create(home.identity_key)
-    draft = Study.from_toml(change(DRAFT.format(steps=steps)))
+    tiny: Sections = {
+        "optimiser": {"learning_rate": 0.05, "batch_size": 8},
+        "rounds": {"count": 4, "local_steps": steps, "reserve": 2},
+    }
+    draft = study_kit.study("tiny", (SITE, *others), **merged(tiny, sections))
     initial = weights.initial_state(draft.spec(), 1)
     study = draft.model_copy(update={"initial": draft.initial.model_copy(update={"sha256": sha256(initial)})})
     not_after = expiry(datetime.now(UTC))
     sites = tuple(
         RosterSite(name=name, identity=known.public, node_key=node_key(), not_after=not_after)
-        for name, known in {SITE: identity, **(others or {"st-bona": Identity.generate()})}.items()
+        for name, known in {SITE: identity, **others}.items()
     )
     roster = Roster(consortium="trio", version=3, coordinator=coordinator.public, sites=sites)
     generator = np.random.default_rng(7)

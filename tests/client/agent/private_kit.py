@@ -16,25 +16,20 @@ from privacy.grants import Allowance, Claims, Grant
 from privacy.identity import Identity
 from privacy.roster import expiry
 from tests.client.agent.bed import ROOT, SITE, Bed, make_bed
+from tests.study_kit import Sections
 
-NOISE = """
-[aggregation]
-weights = "equal"
-[privacy]
-mode = "per-site"
-noise_multiplier = 2
-sampling_rate = 0.5
-expected_patients = 12
-patients_bound = 1000
-site_patients_bound = 40
-delta = 0.0001
-evaluation_noise = 4
-"""
+NOISE: Sections = {
+    "aggregation": {"weights": "equal"},
+    "privacy": {
+        "mode": "per-site", "noise_multiplier": 2, "sampling_rate": 0.5, "expected_patients": 12,
+        "patients_bound": 1000, "site_patients_bound": 40, "delta": 0.0001, "evaluation_noise": 4,
+    },
+}  # fmt: skip
 
 
 def private_bed(folder: Path, steps: int = 2, images: int = 40) -> Bed:
     """A bed whose study has noise; nothing is granted yet."""
-    return make_bed(folder, steps=steps, images=images, change=lambda text: text + NOISE)
+    return make_bed(folder, steps=steps, images=images, **NOISE)
 
 
 def paper(officer: Identity, bed: Bed, serial: int = 1, **changes: Any) -> bytes:

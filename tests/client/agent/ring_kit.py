@@ -184,12 +184,13 @@ def make_ring(folder: Path, **options: Any) -> RingBed:
     """A started agent that approves a study with secure sums and has its first session open."""
     peers = {name: Peer(name) for name in PEERS}
 
-    def change(text: str) -> str:
-        named = ", ".join(f'"{name}"' for name in ALL)
-        text = text.replace('sites = ["st-anna", "st-bona"]', f"sites = [{named}]")
-        return text + '[aggregation]\nminimum_sites = 3\n[secagg]\nmode = "on"\n'
-
-    bed = make_bed(folder, change=change, others={name: peer.identity for name, peer in peers.items()}, **options)
+    bed = make_bed(
+        folder,
+        others={name: peer.identity for name, peer in peers.items()},
+        aggregation={"minimum_sites": 3},
+        secagg={"mode": "on"},
+        **options,
+    )
     agent = bed.start()
     bed.ready()
     sizes = agent.desk.sizes(bed.study)

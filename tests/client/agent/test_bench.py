@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +19,15 @@ from models import networks, weights
 from privacy.errors import ConsiliumError, RefusalCode
 from privacy.messages import Answer
 from tests.client.agent.bed import Bed, make_bed
+from tests.study_kit import Sections, merged
 
-SCAFFOLD = '[aggregation]\nstrategy = "scaffold"\n'
-OWN_NORMS = '[local]\nnorms = "local"\n'
-DITTO = '[local]\npersonal = "ditto"\n'
-
-
-def change(extra: str) -> Callable[[str], str]:
-    return lambda text: text.replace("reserve = 2", "reserve = 2\nseed = 5") + extra
+SCAFFOLD: Sections = {"aggregation": {"strategy": "scaffold"}}
+OWN_NORMS: Sections = {"local": {"norms": "local"}}
+DITTO: Sections = {"local": {"personal": "ditto"}}
 
 
-def bed_of(folder: Path, extra: str) -> Bed:
-    bed = make_bed(folder, change=change(extra))
+def bed_of(folder: Path, **sections: Mapping[str, Any]) -> Bed:
+    bed = make_bed(folder, rounds={"seed": 5}, **sections)
     (bed.home.agent / "pseudonym.key").write_bytes(bytes(32))  # one split for every bed
     bed.start()
     bed.ready()
@@ -38,7 +36,7 @@ def bed_of(folder: Path, extra: str) -> Bed:
 
 @pytest.fixture
 def made(tmp_path: Path, request: pytest.FixtureRequest):
-    bed = bed_of(tmp_path, request.param)
+    bed = bed_of(tmp_path, **request.param)
     yield bed
     bed.stop()
 
@@ -121,7 +119,7 @@ def test_own_norms_never_travel_are_trained_and_come_back_in_the_next_round(made
     assert again[-len(at_one) :].tobytes() != at_one.tobytes()
 
 
-@pytest.mark.parametrize("made", [DITTO + 'norms = "local"\n'], indirect=True)
+@pytest.mark.parametrize("made", [merged(DITTO, OWN_NORMS)], indirect=True)
 def test_a_delivered_model_stands_beside_the_sites_own(made: Bed) -> None:
     ask(made, 1, model(made), 1)
     ask(made, 2, model(made), 1, "test")
@@ -142,8 +140,8 @@ def test_a_delivered_model_stands_beside_the_sites_own(made: Bed) -> None:
 
 def test_a_personal_model_does_not_change_what_leaves(tmp_path: Path) -> None:
     answers = []
-    for name, extra in (("plain", ""), ("ditto", DITTO)):
-        bed = bed_of(tmp_path / name, extra)
+    for name, sections in (("plain", {}), ("ditto", DITTO)):
+        bed = bed_of(tmp_path / name, **sections)
         answers.append([ask(bed, 1, model(bed), 1), ask(bed, 2, model(bed), 2)])
         bed.stop()
     for plain, ditto in zip(*answers, strict=True):
@@ -182,7 +180,7 @@ def test_a_keepsake_is_whole_or_not_there_and_old_ones_go(tmp_path: Path) -> Non
     assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("made", [""], indirect=True)
+@pytest.mark.parametrize("made", [{}], indirect=True)
 def test_a_site_compares_what_it_was_given_with_what_it_trains_alone(made: Bed) -> None:
     row = made.agent.store.study(made.hash)
     with pytest.raises(ConsiliumError, match="no model yet"):
@@ -201,7 +199,7 @@ def test_a_site_compares_what_it_was_given_with_what_it_trains_alone(made: Bed) 
     assert (made.agent.models() / made.hash / "site-report.json").read_text() == text
 
 
-@pytest.mark.parametrize("made", [""], indirect=True)
+@pytest.mark.parametrize("made", [{}], indirect=True)
 def test_a_comparison_that_nobody_waits_for_is_broken_off(made: Bed) -> None:
     assert made.call("deliver", made.parcel(), round=4).status == "done"
 

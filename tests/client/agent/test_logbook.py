@@ -10,46 +10,12 @@ from pathlib import Path
 import pytest
 
 from client.agent.logbook import PATIENCE, Logbook
-from privacy.checkpoint import Checkpoint, Note, NoteSignature, origin
-from privacy.ledger import Leaf, Reserve, Step
-from privacy.merkle import Tree
-from privacy.witness import Inclusion, Proposal, Witness
+from privacy.checkpoint import NoteSignature
+from privacy.ledger import Leaf, Reserve
+from privacy.proposal import Proposal
 from tests.client.agent.bed import SITE, Bed
+from tests.client.agent.log_kit import Log, witness
 from tests.client.agent.private_kit import granted, private_bed, rows
-
-
-class Log:
-    """The consortium's log, kept by the bed's coordinator."""
-
-    def __init__(self, bed: Bed) -> None:
-        self.bed, self.tree, self.leaves = bed, Tree(), list[Leaf]()
-        reserve = Reserve(
-            study=bed.hash, plan="00" * 32, slots=bed.study.slots, grants={SITE: "11" * 32}, epsilon_aggregate="1",
-            epsilon_broken="2", delta="0.0001",
-        )  # fmt: skip
-        self.add(Leaf.of(reserve))
-
-    def add(self, leaf: Leaf) -> None:
-        self.leaves.append(leaf)
-        self.tree.append(leaf.hash)
-
-    def take(self, lines: str) -> None:
-        for line in lines.splitlines():
-            leaf = Leaf.read(line.encode())
-            if leaf.hash not in {known.hash for known in self.leaves}:
-                self.add(leaf)
-
-    def proposal(self, since: int, last: Note | None = None) -> Proposal:
-        size = self.tree.size
-        head = Checkpoint(origin("trio"), size, self.tree.root())
-        shown = {
-            leaf.hash: Inclusion(place, self.tree.inclusion(place, size))
-            for place, leaf in enumerate(self.leaves)
-            if isinstance(leaf.entry, Step)
-        }
-        return Proposal(
-            Note(head).signed_by(self.bed.coordinator), since, self.tree.consistency(since, size), shown, last
-        )
 
 
 @pytest.fixture
@@ -58,11 +24,6 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     granted(made)
     yield made
     made.stop()
-
-
-def witness(bed: Bed) -> Witness:
-    assert bed.agent is not None
-    return Witness.decode(bed.agent.store.witness())
 
 
 def logbook(bed: Bed) -> Logbook:
@@ -128,7 +89,7 @@ def test_B7_a_release_and_a_cosignature_at_the_same_moment_lose_neither(bed: Bed
                     epsilon_broken="1", delta="0.1",
                 )))  # fmt: skip
                 size = witness(bed).size if store.witness() else 0
-                assert "cosignature" in book.cosign(log.proposal(size).encode())
+                assert "cosignature" in book.cosign(bed.hash, log.proposal(size).encode())
         except BaseException as error:
             failures.append(error)
 

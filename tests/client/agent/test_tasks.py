@@ -34,15 +34,9 @@ CASES = [
 
 
 def _bed(folder: Path, kind: str, size: tuple[int, ...], network: str, train: str) -> Bed:
-    def change(text: str) -> str:
-        return (
-            text.replace("[task]\n", f'[task]\nkind = "{kind}"\n')
-            .replace('"resnet-small"', f'"{network}"')
-            .replace("[8, 8]", str(list(size)))
-            .replace("[optimiser]", f'[transfer]\ntrain = "{train}"\n[optimiser]')
-        )
-
-    bed = make_bed(folder, change=change)
+    bed = make_bed(
+        folder, task={"kind": kind}, network={"name": network}, input={"size": list(size)}, transfer={"train": train}
+    )
     np.savez(folder / "images.npz", **with_sides(_images(kind, size)))
     return bed
 

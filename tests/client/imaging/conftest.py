@@ -80,12 +80,16 @@ def table(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def real_data() -> Path:
-    """The folder of real sets, or a loud skip that names what is missing."""
-    folder = Path(os.environ.get("CONSILIUM_DATA", Path(__file__).parents[4] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"REAL DATA ABSENT: {folder} (set CONSILIUM_DATA); generated stand-ins are tested instead")
-    return folder
+def real_set() -> Callable[[str], Path]:
+    """(name) -> a real set's file or folder below CONSILIUM_DATA, or a loud skip that names what is missing."""
+
+    def find(name: str) -> Path:
+        path = Path(os.environ.get("CONSILIUM_DATA", Path(__file__).parents[4] / "shared" / "data")) / name
+        if not path.exists():
+            pytest.skip(f"REAL DATA ABSENT: {path} (set CONSILIUM_DATA); generated stand-ins are tested instead")
+        return path
+
+    return find
 
 
 @pytest.fixture

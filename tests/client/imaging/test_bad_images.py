@@ -115,13 +115,13 @@ REAL = {
 }
 
 
-def test_every_real_files_pixels_equal_an_independent_readers(real_data):
+def test_every_real_files_pixels_equal_an_independent_readers(real_set):
     """SimpleITK (ITK with its own parser of DICOM and its own build of the decoders) against ours, in the scanner's
     units, value by value. ITK turns MONOCHROME1 over and stretches the single bits of a segmentation."""
     itk = pytest.importorskip("SimpleITK")
     itk.ProcessObject_SetGlobalWarningDisplay(False)
     compared, reasons = 0, {}
-    for file in sorted(p for name in ("scanner_dicom", "dicom_variety") for p in (real_data / name).rglob("*")):
+    for file in sorted(p for name in ("scanner_dicom", "dicom_variety") for p in real_set(name).rglob("*")):
         if not file.is_file():
             continue
         try:

@@ -207,10 +207,10 @@ def test_a_damaged_file_is_read_or_unusable_never_a_crash(dataset, tmp_path, dat
     assert all(np.isfinite(picture.image).all() for picture in pictures)
 
 
-def test_real_scanners_files_are_read_or_have_a_reason(real_data):
+def test_real_scanners_files_are_read_or_have_a_reason(real_set):
     """Every file of seven scanners and of pydicom's compressed samples."""
     read, reasons = 0, {}
-    for file in sorted(p for name in ("scanner_dicom", "dicom_variety") for p in (real_data / name).rglob("*")):
+    for file in sorted(p for name in ("scanner_dicom", "dicom_variety") for p in real_set(name).rglob("*")):
         if not file.is_file():
             continue
         try:
@@ -232,13 +232,13 @@ def test_real_scanners_files_are_read_or_have_a_reason(real_data):
     }
 
 
-def test_real_stored_values_equal_an_independent_readers(real_data):
+def test_real_stored_values_equal_an_independent_readers(real_set):
     """GDCM against pydicom's chosen decoder, value by value, on the compressed files."""
     gdcm = pytest.importorskip("gdcm")
     from gdcm import ImageReader
 
     for name in ("JPEG-LL.dcm", "MR2_J2KI.dcm", "RG1_J2KI.dcm"):
-        file = real_data / "dicom_variety" / name
+        file = real_set("dicom_variety") / name
         reader = ImageReader()
         reader.SetFileName(str(file))
         assert reader.Read()

@@ -324,9 +324,9 @@ def test_npz_masks_volumes_labels_and_spacing(tmp_path, key):
 # ---- real sets -----------------------------------------------------------------------------------------------
 
 
-def test_real_label_maps_fit_their_volumes(real_data, key):
+def test_real_label_maps_fit_their_volumes(real_set, key):
     """All 260 hippocampus volumes with their label maps, in millimetres."""
-    folder = real_data / "hippocampus_msd04"
+    folder = real_set("hippocampus_msd04")
     source = Source(kind="nifti", path=folder, masks=folder / "labels", one_image_per_patient=True)
     spec = {"channels": 1, "size": [16, 24, 16]}
     cohort = load(source, spec, ("background", "anterior", "posterior"), {}, key, None, target="mask")
@@ -336,8 +336,8 @@ def test_real_label_maps_fit_their_volumes(real_data, key):
     assert 0.5 < cohort.spacing.min() < cohort.spacing.max() < 5
 
 
-def test_real_cells_have_a_nucleus_inside_a_cell(real_data, table, key):
-    folder = real_data / "wbc_segmentation"
+def test_real_cells_have_a_nucleus_inside_a_cell(real_set, table, key):
+    folder = real_set("wbc_segmentation")
     rows = [
         (f"site2_cellavision/{number:03d}.png", f"{number}", f"site2_cellavision/{number:03d}_mask.png")
         for number in range(1, 101)

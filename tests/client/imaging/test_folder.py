@@ -219,9 +219,9 @@ def test_reasons_carry_no_patient_data(tmp_path, dataset, save, table):
     assert "doe, jane" not in words
 
 
-def test_real_folder_is_listed_whole(real_data, tmp_path, table):
+def test_real_folder_is_listed_whole(real_set, tmp_path, table):
     """Every real scanner's file by its PatientID; what has none or is no DICOM has a reason."""
-    root = real_data / "scanner_dicom"
+    root = real_set("scanner_dicom")
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.dcm"))
     labels = table([(name, str(i % 2)) for i, name in enumerate(names)], header=("file", "label"))
     folder = DicomFolder(Source(kind="dicom", path=root, labels=labels))

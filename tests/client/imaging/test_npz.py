@@ -174,15 +174,15 @@ def test_arrays_that_do_not_fit_are_named(tmp_path, name):
         _list(Source(kind="npz", path=_save(tmp_path, **arrays), one_image_per_patient=True))
 
 
-def test_real_sets_by_their_own_split_and_by_patient_group(real_data):
+def test_real_sets_by_their_own_split_and_by_patient_group(real_set):
     spec = {"channels": 1, "size": [28, 28]}
     medmnist = Source(
-        kind="npz", path=real_data / "medmnist" / "pneumoniamnist_reconstructed.npz", one_image_per_patient=True
+        kind="npz", path=real_set("medmnist/pneumoniamnist_reconstructed.npz"), one_image_per_patient=True
     )
     cohort = load(medmnist, spec, CLASSES, {"validation": 0.1, "test": 0.2}, b"k" * 32, None)
     assert [len(cohort.indices(side)) for side in Membership] == [4708, 524, 624]
     assert cohort.summary()["split"]["test"]["classes"] == {"normal": 234, "pneumonia": 390}
-    folder = real_data / "chest_xray_pneumonia"
+    folder = real_set("chest_xray_pneumonia")
     source = Source(
         kind="npz", path=folder / "images_48.npz", labels=folder / "index.csv", columns=Columns(patient="group")
     )

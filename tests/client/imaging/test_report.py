@@ -53,9 +53,9 @@ def test_copies_between_patients_are_counted_on_whichever_side():
     assert copies([same, same], ["p", "p"]) == 0
 
 
-def test_real_leaky_set_is_seen_through(real_data):
+def test_real_leaky_set_is_seen_through(real_set):
     """Hundreds of the files are copies, and 64 stand in the published training part and in the test part."""
-    folder = real_data / "brain_tumour_mri_2d"
+    folder = real_set("brain_tumour_mri_2d")
     images = np.load(folder / "images_48.npz")["images"].astype(np.float32) / 255
     with (folder / "index.csv").open(newline="", encoding="utf-8") as stream:
         sides = [row["split"] for row in csv.DictReader(stream)]

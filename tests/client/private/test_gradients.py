@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from client.private import gradients, layers
 from client.private.gradients import SLACK, Extra, PatientGradients, capped_loss
 from models import networks, tasks, weights
+from models.standardised import standardise
 from privacy.errors import ConsiliumError
 from tests.client.private.private_kit import ONE_PATIENT_EACH, Every, batch, clipped, middle, spec_of, vectors
 
@@ -34,6 +35,8 @@ SMALLEST = [
     for name, network in networks.NETWORKS.items()
 ]  # fmt: skip
 SPEC = spec_of("resnet-small", [8, 8])
+STANDARDISED = {"weight_standardisation": True}
+KINDS = [Every, lambda: standardise(Every(), "head")]
 LAWS = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -77,11 +80,13 @@ def test_so_do_the_other_norms(name: str, norm: str) -> None:
     _equals(networks.build(spec), spec)
 
 
+@pytest.mark.parametrize("standardised", [False, True])
 @pytest.mark.parametrize("train", ["head", "adapters", "lora"])
 @pytest.mark.parametrize(("name", "dims"), [("resnet-small", 2), ("densenet-small", 2), ("unet", 3), ("dynunet", 2)])
-def test_so_does_a_part_of_a_network(name: str, dims: int, train: str) -> None:
+def test_so_does_a_part_of_a_network(name: str, dims: int, train: str, standardised: bool) -> None:
     torch.manual_seed(0)
-    spec = spec_of(name, [16] * dims, transfer={"train": train})
+    network = {"weight_standardisation": standardised}
+    spec = spec_of(name, [16] * dims, transfer={"train": train}, network=network)
     network = networks.build(spec)
     for key, value in network.named_parameters():
         if "low_rank_up" in key:  # at its start nothing flows through it
@@ -90,13 +95,29 @@ def test_so_does_a_part_of_a_network(name: str, dims: int, train: str) -> None:
     _equals(network, spec)
 
 
+@pytest.mark.parametrize(("name", "size"), SMALLEST)
+def test_so_does_a_network_with_standardised_weights(name: str, size: list[int]) -> None:
+    torch.manual_seed(0)
+    spec = spec_of(name, size, network=STANDARDISED)
+    _equals(networks.build(spec), spec)
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("name", ["resnet-small", "densenet-small", "unet", "segresnet"])
+def test_so_does_one_with_standardised_weights_and_another_norm(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    spec = spec_of(name, [32, 32], network={"norm": norm, **STANDARDISED})
+    _equals(networks.build(spec), spec)
+
+
 def test_so_does_a_task_whose_labels_are_not_all_known() -> None:
     spec = spec_of("resnet-small", [8, 8], "multilabel")
     _equals(networks.build(spec), spec)
 
 
-def test_so_does_a_network_with_every_kind_of_layer_one_of_them_called_twice() -> None:
-    network = Every().double()
+@pytest.mark.parametrize("kind", KINDS)
+def test_so_does_a_network_with_every_kind_of_layer_one_of_them_called_twice(kind: Any) -> None:
+    network = kind().double()
     task, images, targets = batch(SPEC, 5, dtype=torch.float64)
     owner = np.array([1, 0, -1, 1, 2])
     found = vectors(network, task, images, targets, owner)
@@ -114,7 +135,7 @@ def test_every_way_to_the_sum_gives_the_same(
     monkeypatch.setattr(gradients, "_WRITE", write)
     monkeypatch.setattr(layers, "_LITTLE", little)
     monkeypatch.setattr(layers, "_CHUNK", 5000)
-    for network in (Every().double(), networks.build(SPEC).double()):
+    for network in (*(kind().double() for kind in KINDS), networks.build(SPEC).double()):
         task, images, targets = batch(SPEC, 7, dtype=torch.float64)
         owner = np.array([3, 0, -1, 3, 2, 0, 5])
         found = vectors(network, task, images, targets, owner)
@@ -123,9 +144,9 @@ def test_every_way_to_the_sum_gives_the_same(
         np.testing.assert_allclose(total, sum(clipped(v, middle(found)) for v in found.values()), rtol=0, atol=1e-10)
 
 
-@pytest.fixture(scope="module")
-def engine() -> PatientGradients:
-    return PatientGradients(Every(), tasks.get(SPEC), 0.5, capped_loss(4.0, 0.1))
+@pytest.fixture(scope="module", params=KINDS)
+def engine(request: pytest.FixtureRequest) -> PatientGradients:
+    return PatientGradients(request.param(), tasks.get(SPEC), 0.5, capped_loss(4.0, 0.1))
 
 
 OWNERS = st.lists(st.integers(-1, 4), min_size=6, max_size=6).map(lambda owner: np.array(owner, np.int64))
@@ -184,7 +205,16 @@ def test_padding_may_show_anything(engine: PatientGradients, owner: Any, value: 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
-@pytest.mark.parametrize("spec", [SPEC, spec_of("unet", [16, 16]), spec_of("efficientnet-b0", [32, 32])])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        spec_of("unet", [16, 16]),
+        spec_of("efficientnet-b0", [32, 32]),
+        spec_of("resnet-small", [8, 8], network=STANDARDISED),
+        spec_of("unet", [16, 16], network=STANDARDISED),
+    ],
+)
 def test_N4_a_patient_that_is_not_finite_is_absent_to_the_last_bit(spec: dict[str, Any], value: float) -> None:
     network = networks.build(spec).eval()
     task, images, targets = batch(spec, 6)
@@ -294,8 +324,9 @@ def test_half_precision_in_the_network_does_not_loosen_the_bound() -> None:
         assert np.linalg.norm(alone) == pytest.approx(0.01 * (1 - SLACK), rel=1e-5)
 
 
-def test_the_bound_holds_in_float32_for_every_patient_of_a_large_network() -> None:
-    spec = spec_of("resnet10", [32, 32])
+@pytest.mark.parametrize("section", [{}, STANDARDISED])
+def test_the_bound_holds_in_float32_for_every_patient_of_a_large_network(section: dict[str, Any]) -> None:
+    spec = spec_of("resnet10", [32, 32], network=section)
     network = networks.build(spec)
     task, images, targets = batch(spec, 4)
     engine = PatientGradients(network, task, 1.0)

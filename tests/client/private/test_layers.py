@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from client.private import layers
 from client.private.fitness import check, demand
 from client.private.groups import PADDING, Groups, per_group, per_image
-from models import networks, weights
+from models import networks, standardised, weights
 from privacy.errors import ConsiliumError
 from tests.client.private.private_kit import Every, spec_of
 
@@ -81,6 +81,50 @@ def test_every_way_to_a_convolutions_gradient_agrees(made: tuple[Any, Tensor], o
     torch.testing.assert_close(
         layers.product(layer, ("weight",), (images,), g).total(scale, scale == 0),
         torch.einsum("p,p...->...", factors, wanted),
+    )
+
+
+@LAWS
+@given(_convolutions(), st.lists(st.integers(-1, 2), min_size=5, max_size=5), st.integers(0, 99))
+def test_so_does_that_of_the_weight_behind_a_standardised_one(
+    made: tuple[Any, Tensor], owner: list[int], seed: int
+) -> None:
+    """By the raw weight, whose norm is what is clipped: patient by patient, without forming it, and as one sum."""
+    layer, images = made
+    torch.manual_seed(seed)
+    layer.__class__ = standardised.KINDS[type(layer)]
+    layer.weight.data[:, : 1 if seed % 2 else None].mul_(1e-3)  # some, or all, are below the floor
+    groups = Groups.of(np.array(owner, np.int64))
+    images = images[torch.from_numpy(groups.order)]
+    output = layer(images)
+    assume(output.numel() > 0)
+    g = torch.randn_like(output)
+    expected = []
+    for run in groups.runs:
+        for at in range(run.start, run.stop, run.size):
+            own = slice(at, at + run.size)
+            expected.append(torch.autograd.grad((layer(images[own]) * g[own]).sum(), layer.weight)[0])
+    wanted = torch.stack(expected)
+    size = wanted.abs().max().item() + 1
+    product = layers.product(layer, ("weight",), (images,), g)
+    assert product is not None
+    found = torch.cat([part for _, part in sorted(product.patients(groups.runs), key=lambda part: part[0])])
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9 * size)
+    if layer.groups == 1:
+        squares, reaches = product.squares(groups.runs)
+        exact = wanted.flatten(1).square().sum(1)
+        assert ((squares - exact).abs() <= 1e-9 * exact + 1e-13 * reaches.square()).all(), "float64 of what cancels"
+        assert (reaches >= squares.sqrt() * (1 - 1e-9)).all()
+        assert product.cost(groups.runs) < float("inf")
+    factors = torch.arange(1.0, len(wanted) + 1, dtype=torch.float64)
+    factors[0] = 0
+    scale = per_image(factors, groups.runs)
+    images[scale == 0] = float("nan")
+    torch.testing.assert_close(
+        layers.product(layer, ("weight",), (images,), g).total(scale, scale == 0),
+        torch.einsum("p,p...->...", factors, wanted),
+        rtol=1e-7,
+        atol=1e-8 * size,
     )
 
 
@@ -154,9 +198,12 @@ def test_groups_hold_each_patients_images_and_padding_behind_them(owner: Any) ->
 @pytest.mark.parametrize("train", ["all", "head", "adapters", "lora"])
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_every_network_is_fit(name: str, train: str, dims: int) -> None:
+    section = {"weight_standardisation": True}
     with torch.device("meta"):
         found = check(networks.build(spec_of(name, [32] * dims, transfer={"train": train})))
-    assert found.unsupported == ()
+        other = check(networks.build(spec_of(name, [32] * dims, transfer={"train": train}, network=section)))
+    assert found.unsupported == other.unsupported == ()
+    assert any("our Standardised" in str(change) or "our LowRank" in str(change) for change in other.changed)
     named = {"resnet18": "OwnResNetBlock in place of ResNetBlock", "segresnet": "OwnResBlock in place of ResBlock"}
     if name in named:
         assert any(named[name] in str(change) for change in found.changed)
@@ -180,6 +227,12 @@ class _Odd(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Not what torch's layer does."""
         return super().forward(x) * x.mean()
+
+
+class _Damped(standardised.StandardisedConv2d):
+    def effective(self) -> Tensor:
+        """Not what ours does."""
+        return 0.5 * super().effective()
 
 
 def _twice() -> nn.Module:
@@ -206,6 +259,7 @@ UNFIT = [
     (nn.Sequential(_Gate()), r"'0' is a _Gate with parameters of its own \(gain\)", "freeze"),
     (nn.Sequential(_Own()), "'0' is a _Own, whose gradient we do not know", "client/private/layers.py"),
     (nn.Sequential(_Odd(2, 2)), "'0' is a _Odd, whose gradient we do not know", "a layer that torch has"),
+    (nn.Sequential(_Damped(2, 2, 3)), "'0' is a _Damped, whose gradient we do not know", "a layer that torch has"),
     (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))), "ParametrizationList", "freeze"),
     (nn.Sequential(nn.GRU(2, 2)), "'0' is a GRU", "freeze"),
     (nn.Sequential(nn.ReLU(inplace=True)), "writes in place", "inplace=False"),
