@@ -51,7 +51,7 @@ def drawings(curves: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]
     return {files.get(name, f"{name}.png"): draw for name, draw in known.items() if name in curves}
 
 
-def curves(history: Sequence[Mapping[str, Any]], path: Path, metric: str = "auroc") -> None:
+def curves(history: Sequence[Mapping[str, Any]], path: Path, metric: str = "auroc", *, narrow: bool = False) -> None:
     """Loss and one metric over the rounds, side by side.
 
     Args:
@@ -59,11 +59,12 @@ def curves(history: Sequence[Mapping[str, Any]], path: Path, metric: str = "auro
             "validation", become lines. A part or a metric that is missing in a round leaves a gap.
         path: the PNG file to write.
         metric: what stands beside the loss.
+        narrow: one above the other, for a telephone's width.
     """
     parts = [key for key in dict.fromkeys(key for entry in history for key in entry) if key != "round"]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 2), ("loss", metric), strict=True):
+        figure = Figure(figsize=(4.8, 7.2) if narrow else (9.6, 3.9), layout="constrained")
+        for axes, name in zip(figure.subplots(*((2, 1) if narrow else (1, 2))), ("loss", metric), strict=True):
             _lines(axes, history, parts, name)
         _save(figure, path)
 
@@ -228,17 +229,21 @@ def overlay(image: Any, truth: Any, found: Any, classes: Sequence[str], path: Pa
         _save(figure, path)
 
 
-def comparison(values: Mapping[str, Mapping[str, float]], path: Path, metric: str = "auroc") -> None:
+def comparison(
+    values: Mapping[str, Mapping[str, float]], path: Path, metric: str = "auroc", *, narrow: bool = False
+) -> None:
     """One metric of several models on several test sets, as dots in rows.
 
     Args:
         values: {test set: {model: value}}, for example {"north": {"together": 0.97, "alone": 0.94}}.
         path: the PNG file to write.
         metric: what the values are.
+        narrow: for a telephone's width: the models stand below, and the only test set in the heading.
     """
     models = list(dict.fromkeys(model for row in values.values() for model in row))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 1.6 + 0.5 * max(1, len(values))), layout="constrained")
+        width, height = (4.8, 1.3 + 0.15 * len(models)) if narrow else (7.2, 1.6)
+        figure = Figure(figsize=(width, height + 0.5 * max(1, len(values))), layout="constrained")
         axes = figure.subplots()
         for position, row in enumerate(values.values()):
             known = [value for value in row.values() if math.isfinite(value)]
@@ -253,7 +258,12 @@ def comparison(values: Mapping[str, Mapping[str, float]], path: Path, metric: st
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_title(title(metric))
-        if models:
+        if narrow and len(values) == 1:
+            axes.set_yticks([])
+            axes.set_title(f"{title(metric)}, {next(iter(values))}")
+        if models and narrow:
+            figure.legend(loc="outside lower left", ncols=2)
+        elif models:
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         _save(figure, path)
 

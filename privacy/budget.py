@@ -85,7 +85,7 @@ class Part:
 
 
 def plan(study: Study, tier: Tier = 1) -> dict[Role, Part]:
-    """What a study reserves of every patient, by role: all T_max of it, whatever will be used (RULES B1).
+    """What a study reserves of every patient, by role: all of its slots, whatever will be used (RULES B1).
 
     Raises:
         ConsiliumError: the study has no noise.

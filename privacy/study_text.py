@@ -226,9 +226,9 @@ def privacy(study: Study) -> str:
     return (
         f"Differential privacy, {section.mode}. Unit: one patient at one site, all images added or removed; over "
         f"k sites group privacy applies. One patient adds at most C = {section.clip} to a step; {noise}. A patient is "
-        f"in a step with chance q = {section.sampling_rate}, and is charged for at most T_max = {plan_steps(study)} "
-        f"steps, sampled or not. δ = {section.delta}. An evaluation is asked at most {EVALUATION_TRIES} times, with "
-        f"noise of {section.evaluation_noise} times what one patient adds. {_as_pooled(study)} What ε this is, if "
+        f"in a step with chance q = {section.sampling_rate}, and is charged for at most T = {plan_steps(study)} "
+        f"noised steps, sampled or not. δ = {section.delta}. An evaluation is asked at most {EVALUATION_TRIES} times, "
+        f"with noise of {section.evaluation_noise} times what one patient adds. {_as_pooled(study)} What ε this is, if "
         "secure aggregation holds and if it does not: `consilium-coordinator study plan`."
     )
 

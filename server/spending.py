@@ -40,7 +40,7 @@ class Spending:
     """Where one study stands.
 
     Attributes:
-        slots: T_max.
+        slots: T_max, those of the evaluations with them.
         used: slots that were opened, whatever became of them.
         releases: role → (charged so far, charged at T_max), in releases.
         training: slots of training so far; with `per-site` noise a slot is a round, and a round asked again is free.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,20 +18,22 @@ from privacy.grants import Claims
 from privacy.study import Study
 from privacy.study_text import S8
 
-COLUMNS = 8
+COLUMNS, NARROW_COLUMNS = 8, 4
+NARROW = "(max-width: 40rem)"
+"""Where a telephone's page begins; the style sheet says the same."""
 _STYLE = Path(__file__).with_name("page.css")
 
 
-def contact_sheet(cohort: Cohort, path: Path, rows: int = 2) -> None:
+def contact_sheet(cohort: Cohort, path: Path, rows: int = 2, columns: int = COLUMNS) -> None:
     """Training images of one hospital as the network sees them, one row per class.
 
     Only for images that may be shown: made ones and public sets.
     """
     train = cohort.indices(Membership.TRAIN)
-    figure = Figure(figsize=(COLUMNS * 1.15, rows * 1.35), layout="constrained")
-    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    figure = Figure(figsize=(columns * 1.15, rows * 1.35), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for row, cells in enumerate(grid):
-        chosen = [i for i in train if cohort.targets[i] == row][:COLUMNS]
+        chosen = [i for i in train if cohort.targets[i] == row][:columns]
         for axes in cells:
             axes.axis("off")
         for axes, i in zip(cells, chosen, strict=False):
@@ -85,12 +88,15 @@ def write(
     """
     sheets = []
     for name, cohort in cohorts.items():
-        contact_sheet(cohort, folder / f"images-{name}.png", rows=min(3, len(cohort.classes)))
-        sheets.append(_figure(f"images-{name}.png", f"{name}: {_scanners(cohort)}"))
-    plots.comparison(
-        {"all hospitals' test images": {"together": together["auroc"], **_auroc(alone)}},
-        folder / "comparison.png",
-    )
+        rows = min(3, len(cohort.classes))
+        contact_sheet(cohort, folder / f"images-{name}.png", rows)
+        contact_sheet(cohort, folder / f"images-{name}-narrow.png", rows, NARROW_COLUMNS)
+        sheets.append(_figure(f"images-{name}", f"{name}: {_scanners(cohort)}", narrow=True))
+    dots = {"all hospitals' test images": {"together": together["auroc"], **_auroc(alone)}}
+    plots.comparison(dots, folder / "comparison.png")
+    plots.comparison(dots, folder / "comparison-narrow.png", narrow=True)
+    rounds = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["rounds"]
+    plots.curves(rounds, folder / "curves-narrow.png", narrow=True)
     best = max(_auroc(alone).values(), default=0.0)
     gain = together["auroc"] - best
     against = (
@@ -104,12 +110,20 @@ def write(
         f'<p class="warn">{promised(study)} It shows how the parts work together, on images that anyone may see.</p>',
         "<h2>Together and alone</h2>",
         _results(together, alone),
-        _figure("comparison.png", "The same test images, the same number of training steps, the same first weights."),
+        _figure(
+            "comparison",
+            "The same test images, the same number of training steps, the same first weights.",
+            narrow=True,
+        ),
         "<h2>Learning</h2>",
-        _figure("curves.png", "Loss and AUROC on the hospitals' validation images, summed over all of them, by round."),
+        _figure(
+            "curves",
+            "Loss and AUROC on the hospitals' validation images, summed over all of them, by round.",
+            narrow=True,
+        ),
         '<div class="two">',
-        _figure("roc.png", "ROC on the test images."),
-        _figure("confusion.png", "Confusion on the test images."),
+        _figure("roc", "ROC on the test images."),
+        _figure("confusion", "Confusion on the test images."),
         "</div>",
         "<h2>The hospitals</h2>",
         _hospitals(cohorts, broken),
@@ -135,12 +149,15 @@ def _results(together: Mapping[str, float], alone: Mapping[str, Mapping[str, flo
     best = max(metrics["auroc"] for metrics in models.values())
     rows = "".join(
         f"<tr{' class=best' if metrics['auroc'] == best else ''}><td>{_text(name)}</td>"
-        + "".join(f'<td class="number">{metrics.get(key, float("nan")):.3f}</td>' for key in _SHOWN)
+        + "".join(
+            f'<td class="number" data-label="{label}">{metrics.get(key, float("nan")):.3f}</td>'
+            for key, label in _SHOWN.items()
+        )
         + "</tr>"
         for name, metrics in models.items()
     )
     head = "".join(f'<th class="number">{label}</th>' for label in _SHOWN.values())
-    return f'<div class="scroll"><table><tr><th>model</th>{head}</tr>{rows}</table></div>'
+    return f'<table class="rows"><tr><th>model</th>{head}</tr>{rows}</table>'
 
 
 _SHOWN = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "accuracy": "accuracy", "loss": "loss"}
@@ -163,15 +180,22 @@ def _auroc(models: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: metrics["auroc"] for name, metrics in models.items()}
 
 
-def _figure(file: str, caption: str) -> str:
+def _figure(name: str, caption: str, *, narrow: bool = False) -> str:
+    """A picture NAME.png; with `narrow`, NAME-narrow.png in its place on a telephone."""
     alt = html.escape(caption, quote=True)
-    return f'<figure><img src="{file}" alt="{alt}"><figcaption>{_text(caption)}</figcaption></figure>'
+    small = f'<source media="{NARROW}" srcset="{name}-narrow.png">' if narrow else ""
+    picture = f'<picture>{small}<img src="{name}.png" alt="{alt}"></picture>'
+    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head) if any(head) else ""
-    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{top}</tr>{lines}</table></div>'
+    """With a heading each row becomes a card on a telephone, and each cell says its column; without, it stays."""
+    top = "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in head) + "</tr>" if any(head) else ""
+    lines = ""
+    for row in rows:
+        cells = (f'<td data-label="{_text(key)}">{_text(cell)}</td>' for key, cell in zip(head, row, strict=True))
+        lines += f"<tr>{''.join(cells)}</tr>"
+    return f"<table{' class=rows' if top else ''}>{top}{lines}</table>"
 
 
 def _text(value: str) -> str:

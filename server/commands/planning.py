@@ -145,7 +145,7 @@ def _show(study: Study, made: Claim, often: Repeats) -> None:
     console.print(
         f"[bold]{escape(study.study.title)}[/] ({escape(study.study.name)}): {privacy.mode}, C {privacy.clip}, "
         f"σ {privacy.noise_multiplier}, q {privacy.sampling_rate}, "
-        f"T_max {made.promise('train', 1).event.count}, δ {made.delta}\n"
+        f"T {made.promise('train', 1).event.count} noised steps in {study.slots} slots, δ {made.delta}\n"
     )
     rows = []
     for tier in TIERS:

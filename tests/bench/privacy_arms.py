@@ -90,6 +90,9 @@ XRAYS = Recipe(("normal", "pneumonia"), (24, 24), 3000)
 patient was looked at, and nothing was tuned for another arm.
 """
 MOLES = Recipe(("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"), (24, 32), 8000, 3)
+"""Four runs as above; mean validation AUROC of each class against the rest. C 1 with learning rate 1, 2 and 4 gave
+80.9, 80.7 and 79.1, C 0.5 with 2 80.9.
+"""
 RECIPES = {"chest_xray_pneumonia": XRAYS, "ham10000": MOLES}
 """The sets, by their folder; see each one's SOURCE.md. A patient of ham10000 is a lesion."""
 

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("CONSILIUM_DATA", ROOT.parent / "shared" / "data"))
-PICTURES = {"curves.png", "roc.png", "confusion.png", "comparison.png"}
+PICTURES = {
+    f"{name}.png" for name in ("curves", "curves-narrow", "roc", "confusion", "comparison", "comparison-narrow")
+}
 FILES = PICTURES | {"index.html", "MODEL_CARD.md", "model.safetensors", "metrics.csv", "metrics.json", "study.json"}
 
 

@@ -199,7 +199,7 @@ def test_n7_n8_a_noised_study_is_explained_with_its_unit_and_its_factor(draft: P
         "C = 1 ",
         "σ = 1 ",
         "q = 0.05",
-        "T_max = 205",
+        "T = 205 noised steps",
         "δ = 0.000001",
         "1.22 times",
         "study plan",
