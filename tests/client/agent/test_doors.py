@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,6 +51,29 @@ def doors(bed: Bed) -> Iterator[Bed]:
 
 def channel(path: Path) -> grpc.Channel:
     return grpc.insecure_channel(f"unix:{path}", options=[("grpc.max_send_message_length", -1)])
+
+
+def test_an_agent_that_is_slow_to_take_the_call_is_not_taken_for_one_that_is_down(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path)
+    process = Process(bed)
+    stopped = threading.Event()
+
+    def wake() -> None:
+        stopped.wait(30)
+        time.sleep(1)
+        process.process.send_signal(signal.SIGCONT)
+
+    waker = threading.Thread(target=wake)
+    waker.start()
+    try:
+        process.process.send_signal(signal.SIGSTOP)
+        with Local(bed.home.local_socket) as local:
+            stopped.set()
+            assert local.hello().site == SITE
+    finally:
+        stopped.set()
+        waker.join(30)
+        process.end()
 
 
 def test_every_outward_method_sends_only_what_the_airlock_released(bed: Bed) -> None:
