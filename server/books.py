@@ -50,6 +50,10 @@ class Books:
         self._since: dict[str, int] = {}  # what a site cosigned last; it says so itself when it is asked first
         self._witnessed = 0
 
+    def renew(self, record: StudyRecord) -> None:
+        """A new session: what is asked from now on belongs to it."""
+        self._record = record
+
     def begin(self, members: Members, minimum: int, obey: Callable[[], None]) -> str:
         """Before the first slot: open the session at every site, and write RESERVE with the grants they name.
 

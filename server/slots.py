@@ -218,6 +218,8 @@ class Slots:
         self._registry.renew_session(self.record.hash)
         self.record = self._registry.study(self.record.hash)
         self._members.begin(self.record)
+        if self.books is not None:
+            self.books.renew(self.record)
         return self.record
 
     def _gather(self, slot: int) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from tests import study_kit
 SITES = ("north", "south", "west")
 
 
-def draft(name: str, mode: str, rounds: int, steps: int = 1, noise: str = "0.5", secagg: str = "on") -> Study:
+def draft(
+    name: str, mode: str, rounds: int, steps: int = 1, noise: str = "0.5", sums: Mapping[str, object] | None = None
+) -> Study:
     return study_kit.study(
         name,
         SITES,
@@ -32,7 +35,7 @@ def draft(name: str, mode: str, rounds: int, steps: int = 1, noise: str = "0.5",
             "expected_patients": 30 if mode == "shared" else 10, "patients_bound": 400, "site_patients_bound": 30,
             "delta": 0.001, "evaluation_noise": 0.3,
         },
-        secagg={"mode": secagg},
+        secagg=sums or {"mode": "on"},
     )  # fmt: skip
 
 
@@ -94,6 +97,17 @@ def test_B7_the_log_holds_the_plan_every_release_and_the_end_and_its_head_is_cos
     assert len(note.cosigners(witnesses_of(roster))) >= needed(3, 1)
 
 
+def test_B7_the_head_is_cosigned_across_the_sessions_of_keys_of_a_long_study(simulation: Simulation) -> None:
+    done = simulation.run(draft("sessions", "shared", 3, sums={"mode": "on", "session_slots": 2}))
+    slots = simulation.registry.course(done.record.hash).slots()
+    assert len({slot.session for slot in slots}) > 1
+    with simulation.registry.ledger() as ledger:
+        _, roster = simulation.registry.roster()
+        note = ledger.valid_note(simulation.identity.public, witnesses_of(roster), 1)
+        assert note is not None
+        assert note.checkpoint.size == ledger.size, "the end of the study is under a head that the sites cosigned"
+
+
 def test_an_officer_verifies_the_exported_log_without_trusting_anybody(
     simulation: Simulation, shared: Finished, tmp_path: Path
 ) -> None:
@@ -124,7 +138,7 @@ def test_N8_the_opened_noise_is_that_of_all_sites_shares(simulation: Simulation,
 
 @pytest.mark.parametrize("secagg", ["on", "off"])
 def test_a_study_with_per_site_noise_ends_and_both_tiers_are_equal(simulation: Simulation, secagg: str) -> None:
-    study = draft(f"own-{secagg}", "per-site", 2, steps=2, secagg=secagg)
+    study = draft(f"own-{secagg}", "per-site", 2, steps=2, sums={"mode": secagg})
     claims = Claims.of(study)
     assert claims.epsilon == claims.cap
     done = simulation.run(study)
