@@ -6,7 +6,6 @@ last, and a renewed key waits beside the old one (`.next`) until the coordinator
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from cryptography import x509
 
 from client.home import SiteConfig, SiteHome
 from privacy.errors import ConsiliumError, Refusal
+from privacy.files import sync_folder, write_atomically
 from privacy.identity import Document, Identity, fingerprint
 from privacy.roster import NAME, Consortium, Enrolment, Roster, expiry
 
@@ -77,15 +77,15 @@ def create(
         Identity.create(part)
         part.replace(home.identity_key)
     if not pseudonym_key(home).exists():
-        _write(pseudonym_key(home), secrets.token_bytes(PSEUDONYM_BYTES), 0o600)
+        write_atomically(pseudonym_key(home), secrets.token_bytes(PSEUDONYM_BYTES), 0o600)
     if not home.node_key.exists():
         _new_node_key(home.node_key)
-    _write(home.ca, consortium.ca.encode(), 0o644)
+    write_atomically(home.ca, consortium.ca.encode(), 0o644)
     if extra_ca is not None:
-        _write(home.root / EXTRA_CA, extra_ca.read_bytes(), 0o644)
-    _write(home.consortium_file, document.encode() + b"\n", 0o644)
-    _sync(home.agent)
-    _sync(home.connector)
+        write_atomically(home.root / EXTRA_CA, extra_ca.read_bytes(), 0o644)
+    write_atomically(home.consortium_file, document.encode() + b"\n", 0o644)
+    sync_folder(home.agent)
+    sync_folder(home.connector)
     home.write_config(
         SiteConfig(
             site=name,
@@ -94,7 +94,7 @@ def create(
             extra_ca=EXTRA_CA if extra_ca is not None else "",
         )
     )
-    _sync(home.root)
+    sync_folder(home.root)
     return consortium
 
 
@@ -120,7 +120,7 @@ def enrolment(
         part = _part(following(home.identity_key))
         Identity.create(part)
         part.replace(following(home.identity_key))
-        _sync(home.agent)
+        sync_folder(home.agent)
     if following(home.node_key).exists():
         node_key = following(home.node_key)
     if following(home.identity_key).exists():
@@ -148,14 +148,14 @@ def adopt_identity(home: SiteHome, roster: Roster) -> bool:
         return False
     shutil.copy2(home.identity_key, home.identity_key.with_name(home.identity_key.name + ".old"))
     waiting.replace(home.identity_key)
-    _sync(home.agent)
+    sync_folder(home.agent)
     return True
 
 
 def adopt_node_key(home: SiteHome) -> None:
     """Take the waiting node key into use: the SuperLink has just accepted it. Touches `connector/` only."""
     following(home.node_key).replace(home.node_key)
-    _sync(home.connector)
+    sync_folder(home.connector)
 
 
 def big(key: str) -> list[str]:
@@ -192,28 +192,10 @@ def _new_node_key(path: Path) -> None:
     part = _part(path)
     create_key(part)
     part.replace(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _part(path: Path) -> Path:
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     return part
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Whole or not at all, and on the disk."""
-    part = _part(path)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client.home import SiteHome
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 from privacy.roster import timestamp
 
 Phase = Literal["connecting", "connected", "waiting", "stopped"]
@@ -67,13 +69,8 @@ def state_file(home: SiteHome) -> Path:
 
 def write(home: SiteHome, state: LinkState) -> None:
     """Replace the file, whole or not at all; a full disk or a lost folder must not stop the connector."""
-    path = state_file(home)
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(state.model_dump_json() + "\n", encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
+    with suppress(OSError):
+        write_atomically(state_file(home), state.model_dump_json().encode() + b"\n", 0o644)
 
 
 def read(home: SiteHome) -> LinkState | None:

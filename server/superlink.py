@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography.hazmat.primitives import serialization
 
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 from server import gate, tls
 from server.audit import Audit
 
@@ -316,11 +317,7 @@ def _secret(path: Path) -> str:
 def _write(path: Path, data: bytes) -> None:
     """Replace a file in one step, readable by its owner only."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    part.replace(path)
+    write_atomically(path, data)
 
 
 def _loop_runner() -> Any:

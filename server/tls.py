@@ -7,7 +7,6 @@ coordinator's place. A certificate from another authority works as well; then it
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 
 CA, CA_KEY = "ca.pem", "ca.key"
 SERVER, SERVER_KEY = "server.pem", "server.key"
@@ -139,11 +139,7 @@ def _write(
         (folder / key_name, secret, 0o600),
         (folder / name, certificate.public_bytes(serialization.Encoding.PEM), 0o644),
     ):
-        part = path.with_suffix(".part")
-        part.unlink(missing_ok=True)
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
-        part.replace(path)
+        write_atomically(path, data, mode)
 
 
 def _certificate(path: Path) -> x509.Certificate:

@@ -7,7 +7,6 @@ measures here.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from client.home import SiteHome
 from client.imaging import Cohort, Source, load
 from models import additive, tasks, transforms, weights
 from privacy.errors import ConsiliumError
+from privacy.files import write_atomically
 from privacy.study import Study
 
 KEPT = 2
@@ -163,10 +163,5 @@ def _pseudonym_key(path: Path, *, fresh: bool) -> bytes:
                 str(path),
                 "Restore it from your backup: with another key every patient would change and splits would mix.",
             )
-        part = path.with_suffix(".part")
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_atomically(path, secrets.token_bytes(KEY_BYTES))
     return path.read_bytes()

@@ -7,13 +7,13 @@ before it. A study with noise keeps none of these (RULES N3), only the noised up
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 
 from privacy.errors import Refusal, RefusalCode
+from privacy.files import replacing
 from privacy.messages import Vector
 
 
@@ -41,17 +41,11 @@ class Keepsakes:
         Raises:
             Refusal: DISK_FULL.
         """
-        path = self._path(what, round_)
-        part = path.with_suffix(".part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(part, "wb") as file:
+            with replacing(self._path(what, round_), 0o600) as part, open(part, "wb") as file:
                 file.write(np.ascontiguousarray(vector, dtype="<f4").data.cast("B"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise Refusal(RefusalCode.DISK_FULL) from error
         for old in self._rounds(what):
             if old < oldest:
