@@ -22,7 +22,6 @@ from server.attempt import LOST_PAUSE
 from server.desk import Call, Desk, Said, words
 from server.ledger import Ledger
 from server.members import Members
-from server.records import StudyRecord
 
 EVERY = 10
 """Slots between two heads that the sites are asked to cosign."""
@@ -36,7 +35,6 @@ class Books:
     def __init__(
         self,
         ledger: Ledger,
-        record: StudyRecord,
         identity: Identity,
         desk: Desk,
         note: Callable[[str], None] = lambda text: None,
@@ -46,13 +44,9 @@ class Books:
         Args:
             note: told, in words, what the coordinator should know.
         """
-        self._ledger, self._record, self._identity, self._desk, self._note = ledger, record, identity, desk, note
+        self._ledger, self._identity, self._desk, self._note = ledger, identity, desk, note
         self._since: dict[str, int] = {}  # what a site cosigned last; it says so itself when it is asked first
         self._witnessed = 0
-
-    def renew(self, record: StudyRecord) -> None:
-        """A new session: what is asked from now on belongs to it."""
-        self._record = record
 
     def begin(self, members: Members, minimum: int, obey: Callable[[], None]) -> str:
         """Before the first slot: open the session at every site, and write RESERVE with the grants they name.
@@ -65,7 +59,7 @@ class Books:
         Returns:
             Why it is not written yet; "" when it is.
         """
-        if (account := self._ledger.account(self._record.hash)) is not None:
+        if (account := self._ledger.account(self._desk.record.hash)) is not None:
             members.reserved = frozenset(account.reserve.grants)
             return ""
 
@@ -82,7 +76,7 @@ class Books:
             return LOST_PAUSE
 
         self._desk.canvass(wanted, hear, lambda: set(wanted()) <= set(refused), PATIENCE_SECONDS, obey)
-        missing = sorted(set(self._record.study.sites) - set(members.grants))
+        missing = sorted(set(self._desk.record.study.sites) - set(members.grants))
         why = {
             site: words(refused[site]).lower() if site in refused else "it has not opened the session"
             for site in missing
@@ -98,7 +92,7 @@ class Books:
 
     def reserve(self, grants: Mapping[str, str]) -> None:
         """Write the whole plan down, once, with the digest of each site's grant."""
-        self._ledger.append([Leaf.of(reservation.reserve(self._record.study, grants))])
+        self._ledger.append([Leaf.of(reservation.reserve(self._desk.record.study, grants))])
 
     def hear(self, said: Said) -> None:
         """Write down the releases that an answer brings, before its vector is used.
@@ -160,12 +154,12 @@ class Books:
             sites: who is asked.
             slots: how many were opened. A site may have signed a release for the last of them that nobody waited for.
         """
-        account = self._ledger.account(self._record.hash)
+        account = self._ledger.account(self._desk.record.hash)
         if account is not None and account.open:
             self.witness(sites, 0, obey, now=True)
-            account = self._ledger.account(self._record.hash)
+            account = self._ledger.account(self._desk.record.hash)
             used = max(slots, account.slots_used if account is not None else 0)
-            self._ledger.append([Leaf.of(Commit(study=self._record.hash, slots_used=used))])
+            self._ledger.append([Leaf.of(Commit(study=self._desk.record.hash, slots_used=used))])
         self.witness(sites, 0, obey, now=True)
 
     def _take(self, said: Said) -> Entry | None:
@@ -177,11 +171,10 @@ class Books:
         return Leaf.read(lines[-1].encode()).entry if lines else None
 
     def _call(self, site: str) -> Call:
-        payload = self._ledger.proposal(site, self._since.get(site, 0), study=self._record.hash).encode()
+        payload = self._ledger.proposal(site, self._since.get(site, 0), study=self._desk.record.hash).encode()
         document = self._desk.sign(
             "witness",
-            session=self._record.session,
-            cohort=self._record.study.sites,
+            cohort=self._desk.record.study.sites,
             payload=payload,
             payload_sha256=sha256(payload),
             seconds=PATIENCE_SECONDS,

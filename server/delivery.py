@@ -31,7 +31,6 @@ def deliver(
     course, path = registry.course(record.hash), registry.blobs.path(package)
     document = desk.sign(
         "deliver",
-        session=record.session,
         cohort=record.study.sites,
         payload=path,
         payload_sha256=package,

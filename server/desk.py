@@ -121,10 +121,14 @@ class Said:
 
 
 class Desk:
-    """The sites of one study, as far as they can be reached now."""
+    """The sites of one study, as far as they can be reached now.
+
+    Attributes:
+        record: the study, in the session that runs now. Nobody else keeps the session: what is asked belongs to this.
+    """
 
     def __init__(self, registry: Registry, record: StudyRecord, identity: Identity, link: Link, clock: Clock) -> None:
-        self._registry, self._record, self._identity = registry, record, identity
+        self._registry, self.record, self._identity = registry, record, identity
         self._link, self._clock = link, clock
         self._sent: dict[str, tuple[str, Call, float]] = {}
         self._seen: dict[str, float] = {}
@@ -149,7 +153,7 @@ class Desk:
         lines = {site.name: site for site in self.roster.sites}
         self._node = {
             name: online[lines[name].node_key.strip()]
-            for name in self._record.study.sites
+            for name in self.record.study.sites
             if name in lines and lines[name].active(self._registry.now()) and lines[name].node_key.strip() in online
         }
         self._seen |= dict.fromkeys(self._node, now)
@@ -168,13 +172,17 @@ class Desk:
         """Whether the roster names the site, neither revoked nor expired."""
         return any(line.name == site and line.active(self._registry.now()) for line in self.roster.sites)
 
+    def renew(self) -> None:
+        """Begin a new session of the study."""
+        self._registry.renew_session(self.record.hash)
+        self.record = self._registry.study(self.record.hash)
+
     # ---- requests --------------------------------------------------------------------------------------------
 
     def sign(
         self,
         kind: Kind,
         *,
-        session: int,
         cohort: Collection[str],
         payload: Path | bytes,
         payload_sha256: str,
@@ -183,12 +191,14 @@ class Desk:
         round_: int = 0,
         parameters: Mapping[str, str] | None = None,
     ) -> Document:
-        """A signed request; the same arguments give the same bytes (Ed25519 is deterministic)."""
+        """A signed request of the session that runs now; the same arguments give the same bytes (Ed25519 is
+        deterministic). An offer belongs to no session.
+        """
         size = payload.stat().st_size if isinstance(payload, Path) else len(payload)
         header = Header(
             kind=kind,
-            study=self._record.hash,
-            session=session,
+            study=self.record.hash,
+            session=0 if kind == "offer" else self.record.session,
             slot=slot,
             round=round_,
             cohort=tuple(sorted(cohort)),
@@ -201,13 +211,11 @@ class Desk:
 
     def offer(self, seconds: int) -> Call:
         """The study and the newest roster, for a site to decide on."""
-        documents = {"study": self._record.document, "roster": self.roster_document}
+        documents = {"study": self.record.document, "roster": self.roster_document}
         payload = canonical({name: document.plain() for name, document in documents.items()})
-        cohort = self._record.study.sites
+        cohort = self.record.study.sites
         return Call.of(
-            self.sign(
-                "offer", session=0, cohort=cohort, payload=payload, payload_sha256=sha256(payload), seconds=seconds
-            ),
+            self.sign("offer", cohort=cohort, payload=payload, payload_sha256=sha256(payload), seconds=seconds),
             payload,
         )
 

@@ -169,7 +169,6 @@ class MaskedSlot:
         payload = Enclosure({"proof": proof}).encode() if proof else b""
         request = self._desk.sign(
             kind,
-            session=self._slot.session,
             cohort=self.taken,
             payload=payload,
             payload_sha256=sha256(payload),

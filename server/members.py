@@ -11,7 +11,6 @@ from privacy.errors import Refusal, RefusalCode
 from privacy.identity import Document
 from privacy.study import APPROVAL
 from server.desk import Call, Desk, Said
-from server.records import StudyRecord
 from server.registry import Registry
 
 PREPARE_SECONDS = 3600
@@ -47,14 +46,14 @@ class Members:
         stopped: site → code, of those whose own ledger has said no since then; until this process ends.
     """
 
-    def __init__(self, registry: Registry, record: StudyRecord, desk: Desk) -> None:
-        self._registry, self._record, self._desk = registry, record, desk
+    def __init__(self, registry: Registry, desk: Desk) -> None:
+        self._registry, self._desk = registry, desk
         self._informed: dict[str, str] = {}
         self._opened: set[str] = set()
         self._needs: set[str] = set()
         self._offer: tuple[int, Call] | None = None
         self._opens: dict[bool, Call] = {}
-        self.decisions = {line.site: line.state for line in registry.approvals(record.hash)}
+        self.decisions = {line.site: line.state for line in registry.approvals(desk.record.hash)}
         self.grants: dict[str, str] = {}
         self.reserved: frozenset[str] | None = None
         self.stopped: dict[str, str] = {}
@@ -77,7 +76,7 @@ class Members:
 
     def guests(self) -> dict[str, Call]:
         """The offer, for every site that has not said yes."""
-        return {site: self.offer() for site in self._record.study.sites if self.decisions[site] != "approved"}
+        return {site: self.offer() for site in self._desk.record.study.sites if self.decisions[site] != "approved"}
 
     def preparation(self, site: str) -> Call | None:
         """What a site must be told next before it can be asked to compute; None when nothing is missing."""
@@ -124,15 +123,14 @@ class Members:
         if code in LEDGER_SAYS_NO and self.reserved is not None:
             self.stopped[site] = code
 
-    def begin(self, record: StudyRecord) -> None:
+    def begin(self) -> None:
         """A new session: nobody has opened it yet."""
-        self._record = record
         self._opened.clear()
         self._opens.clear()
 
     def suppose_open(self) -> None:
         """Take every site for open and informed until it says otherwise: the study is done but for the delivery."""
-        self._opened = set(self._record.study.sites)
+        self._opened = set(self._desk.record.study.sites)
         self._informed = dict.fromkeys(self._opened, self.offer().hash)
 
     def _decided(self, said: Said) -> str:
@@ -149,7 +147,7 @@ class Members:
                 return RefusalCode.MALFORMED.value
             except Refusal as refusal:
                 return refusal.code.value
-            if (approval.body.get("study"), approval.body.get("site")) != (self._record.hash, said.site):
+            if (approval.body.get("study"), approval.body.get("site")) != (self._desk.record.hash, said.site):
                 return RefusalCode.BAD_SIGNATURE.value
             document = approval.encode()
         self._decide(said.site, state, document)
@@ -159,17 +157,16 @@ class Members:
 
     def _decide(self, site: str, state: str, document: bytes = b"") -> None:
         self.decisions[site] = state
-        self._registry.set_approval(self._record.hash, site, state, document)
+        self._registry.set_approval(self._desk.record.hash, site, state, document)
 
     def _open(self, whole: bool) -> Call:
         if whole not in self._opens:
-            payload = self._registry.blobs.path(self._record.initial) if whole else b""
+            payload = self._registry.blobs.path(self._desk.record.initial) if whole else b""
             document = self._desk.sign(
                 "open",
-                session=self._record.session,
-                cohort=self._record.study.sites,
+                cohort=self._desk.record.study.sites,
                 payload=payload,
-                payload_sha256=self._record.initial if whole else sha256(b""),
+                payload_sha256=self._desk.record.initial if whole else sha256(b""),
                 seconds=PREPARE_SECONDS,
             )
             self._opens[whole] = Call.of(document, payload)

@@ -23,7 +23,7 @@ from privacy.stages import FIRST, LAST, TRANSCRIPT, Enclosure, room
 from server.attempt import Attempt
 from server.desk import Call, Desk, Said
 from server.members import Members
-from server.records import Outcome, OutcomeState, StudyRecord
+from server.records import Outcome, OutcomeState
 from server.registry import Registry
 from server.ring_records import RingRecord
 
@@ -42,23 +42,22 @@ class Rings:
     def __init__(
         self,
         registry: Registry,
-        record: StudyRecord,
         desk: Desk,
         members: Members,
-        renew: Callable[[], StudyRecord],
+        renew: Callable[[], None],
         plan: Plan,
         obey: Callable[[], None],
     ) -> None:
         """Take up the ring of the study's session, if one stands.
 
         Args:
-            renew: begins a new session and returns the study as it then stands.
+            renew: begins a new session.
             obey: called about once a second; may raise to end everything.
         """
-        self._registry, self._record, self._desk, self._members = registry, record, desk, members
+        self._registry, self._desk, self._members = registry, desk, members
         self._renew, self._plan, self._obey = renew, plan, obey
-        self._records = registry.rings(record.hash)
-        self.found = self._records.ring(record.session)
+        self._records = registry.rings(desk.record.hash)
+        self.found = self._records.ring(desk.record.session)
         self._left_out: set[str] = set()
         self._blamed: set[str] = set()
         self._stale = False
@@ -90,7 +89,7 @@ class Rings:
                 self._stale = True
 
     def _serves(self, slot: int) -> bool:
-        if self.found is None or self._stale or self.found.session != self._record.session:
+        if self.found is None or self._stale or self.found.session != self._desk.record.session:
             return False
         place = self.found.ring.place
         newcomers = self._there() - set(self.found.members) - self._left_out
@@ -109,22 +108,22 @@ class Rings:
 
     def _set_up(self, slot: int) -> None:
         self.found, self._stale, self._left_out = None, False, set()
-        if self._records.begun(self._record.session):
-            self._record = self._renew()
+        if self._records.begun(self._desk.record.session):
+            self._renew()
         last = min(slot + self._plan.session_slots - 1, self._plan.slots)
-        self._records.begin(self._record.session, slot, last)
+        self._records.begin(self._desk.record.session, slot, last)
         identities = {line.name: line.identity for line in self._desk.roster.sites}
         try:
-            place = place_of(self._plan, self._record.session, slot, last, identities)
+            place = place_of(self._plan, self._desk.record.session, slot, last, identities)
             keys = self._keys(place)
             ring = self._shares(place, keys)
             members = self._seal(ring)
         except Refusal as refusal:
             self.problem = f"no keys for secure sums: {refusal.what.lower()} ({refusal.subject})"
-            self._registry.note(self._record.hash, "waiting", self.problem)
+            self._registry.note(self._desk.record.hash, "waiting", self.problem)
             return
         self.problem = ""
-        self.found = RingRecord(self._record.session, members, ring)
+        self.found = RingRecord(self._desk.record.session, members, ring)
         self._records.ready(self.found)
 
     def _keys(self, place: Place) -> dict[str, Document]:
@@ -182,7 +181,7 @@ class Rings:
         attempt = Attempt(
             self._members, self._desk, calls, take, self._plan.minimum, lambda o: outcomes.update({o.site: o})
         )
-        attempt.run(self._record.study.rounds.deadline_seconds, self._obey)
+        attempt.run(self._desk.record.study.rounds.deadline_seconds, self._obey)
         self._left_out |= {site for site, outcome in outcomes.items() if outcome.state in BROKEN}
         self._blame({site: outcome.about for site, outcome in outcomes.items() if outcome.about not in {"", site}})
         if len(attempt.taken) < self._plan.minimum:
@@ -194,7 +193,7 @@ class Rings:
             if count > self._plan.colluding and site in self._plan.sites:
                 self._blamed.add(site)
                 text = f"{site} is left out of secure sums: {count} sites cannot use what it sent them"
-                self._registry.note(self._record.hash, "blamed", text, site)
+                self._registry.note(self._desk.record.hash, "blamed", text, site)
                 raise Refusal(RefusalCode.PEER_SHARES, site)
 
     def _call(
@@ -207,11 +206,10 @@ class Rings:
         payload = enclosed.encode() if enclosed else b""
         document = self._desk.sign(
             kind,
-            session=self._record.session,
             cohort=tuple(cohort),
             payload=payload,
             payload_sha256=sha256(payload),
-            seconds=self._record.study.rounds.deadline_seconds,
+            seconds=self._desk.record.study.rounds.deadline_seconds,
             parameters=parameters,
         )
         return Call.of(document, payload)

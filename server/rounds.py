@@ -68,14 +68,14 @@ class Loop:
         self._minimum = self._study.aggregation.minimum_sites
         self._identity = identity
         self._desk = Desk(registry, record, identity, link, clock)
-        self._members = Members(registry, record, self._desk)
+        self._members = Members(registry, self._desk)
         statistics = additive.size(self._task)
         self._slots = Slots(registry, record, self._desk, self._members, statistics, self._obey, self._state)
         self._shown: tuple[State, str] | None = None
 
     @property
     def _record(self) -> StudyRecord:
-        return self._slots.record
+        return self._desk.record
 
     def run(self) -> State:
         """Run until the study is finished, or is halted for a reason; returns its state.
@@ -89,7 +89,7 @@ class Loop:
                 if self._noised:
                     ledger = stack.enter_context(self._registry.ledger())
                     self._slots.books = Books(
-                        ledger, self._record, self._identity, self._desk,
+                        ledger, self._identity, self._desk,
                         lambda text: self._registry.note(self._record.hash, "waiting", text),
                     )  # fmt: skip
                 self._run()

@@ -35,7 +35,7 @@ class Secure:
         record: StudyRecord,
         desk: Desk,
         members: Members,
-        renew: Callable[[], StudyRecord],
+        renew: Callable[[], None],
         statistics: int,
         obey: Callable[[], None],
         heard: Callable[[Said], None],
@@ -56,7 +56,7 @@ class Secure:
         self._plan = Plan.of(record.study, size, statistics)
         shared = record.study.privacy.mode == "shared"
         self._noised = Noised(record.study, tasks.get(record.study.spec()), size) if shared else None
-        self._rings = Rings(registry, record, desk, members, renew, self._plan, obey)
+        self._rings = Rings(registry, desk, members, renew, self._plan, obey)
 
     def cohort(self, slot: int) -> tuple[str, ...]:
         """The sites to ask in a slot, after setting up keys where that is needed; () when too few have them."""

@@ -51,7 +51,6 @@ class Slots:
     """The slots of one run of one study.
 
     Attributes:
-        record: the study, in the session that runs now.
         secure: its secure sums; None without.
         books: the consortium's log of a study with noise, once that is open; None without.
     """
@@ -77,7 +76,6 @@ class Slots:
         self._course, self._statistics = registry.course(record.hash), statistics
         self._minimum, self._noised = record.study.aggregation.minimum_sites, record.study.privacy.mode != "none"
         self._obey, self._state = obey, state
-        self.record = record
         self.books: Books | None = None
         self.secure = (
             Secure(registry, record, desk, members, self._renew, statistics, obey, self._hear)
@@ -109,7 +107,12 @@ class Slots:
             slots = self._course.slots()
             if slots and slots[-1].state is SlotState.OPEN:
                 slot = slots[-1]
-                if (slot.kind, slot.round, slot.payload, slot.session) != (kind, round_, weights, self.record.session):
+                if (slot.kind, slot.round, slot.payload, slot.session) != (
+                    kind,
+                    round_,
+                    weights,
+                    self._desk.record.session,
+                ):
                     raise ConsiliumError(
                         "The registry does not fit together", f"slot {slot.slot}", "Restore the last good backup."
                     )
@@ -134,7 +137,7 @@ class Slots:
             if self.secure and (self.secure.released(slot.slot) or RefusalCode.ROUND_OPENED in codes):
                 raise RoundOver(problem)
             if RefusalCode.SESSION_CLOSED in codes:
-                self._registry.renew_session(self.record.hash)
+                self._desk.renew()
                 raise Halt(
                     State.PAUSED, "another coordinator has opened a newer session of this study; stop it, then resume"
                 )
@@ -177,7 +180,6 @@ class Slots:
     ) -> SlotRecord:
         document = self._desk.sign(
             kind,
-            session=self.record.session,
             cohort=cohort,
             payload=self._registry.blobs.path(weights),
             payload_sha256=weights,
@@ -188,7 +190,7 @@ class Slots:
         )
         return SlotRecord(
             slot=number,
-            session=self.record.session,
+            session=self._desk.record.session,
             round=round_,
             kind=kind,
             attempt=attempt,
@@ -213,14 +215,10 @@ class Slots:
                 last |= {outcome.site: slot.round for outcome in found if outcome.state is OutcomeState.IN}
         return {"counted": ",".join(f"{site}:{number}" for site, number in sorted(last.items()))}
 
-    def _renew(self) -> StudyRecord:
+    def _renew(self) -> None:
         """Begin a new session between two slots, because the sites need new keys."""
-        self._registry.renew_session(self.record.hash)
-        self.record = self._registry.study(self.record.hash)
-        self._members.begin(self.record)
-        if self.books is not None:
-            self.books.renew(self.record)
-        return self.record
+        self._desk.renew()
+        self._members.begin()
 
     def _gather(self, slot: int) -> tuple[str, ...]:
         """The sites to ask in the next slot; waits, without using it up, until there are enough of them."""
@@ -266,7 +264,7 @@ class Slots:
         away = sorted(possible - there())
         reason = f"waiting for sites to connect: {', '.join(away)} (at least {self._minimum} are needed)"
         self._state(State.RUNNING, reason)
-        self._registry.note(self.record.hash, "waiting", reason)
+        self._registry.note(self._desk.record.hash, "waiting", reason)
         self._desk.canvass(self._members.guests, hear, enough, FOREVER, self._obey)
         self._state(State.RUNNING)
 

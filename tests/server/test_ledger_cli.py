@@ -66,7 +66,7 @@ def begin(bench: Bench) -> None:
     record = bench.registry.study(bench.hash)
     with bench.registry.ledger() as ledger:
         desk = Desk(bench.registry, record, bench.identity, bench.wire, bench.clock)
-        Books(ledger, record, bench.identity, desk).reserve({name: sha256(name.encode()) for name in bench.sites})
+        Books(ledger, bench.identity, desk).reserve({name: sha256(name.encode()) for name in bench.sites})
 
 
 def serve(bench: Bench, kinds: list[str]) -> None:
