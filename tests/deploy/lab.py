@@ -30,7 +30,7 @@ LIVENESS = 180.0
 HOSPITAL_RETURNS = 75.0
 
 
-def draft(name: str, *, sites: Sequence[str] = SITES, extra: Sections = {}, **changes: int) -> str:  # noqa: B006
+def draft(name: str, *, sites: Sequence[str] = SITES, extra: Sections | None = None, **changes: int) -> str:
     """A study in TOML: rounds of a fraction of a second unless `steps` and `batch` say otherwise; `extra` sections."""
     values = {"rounds": 3, "steps": 1, "batch": 4, "deadline": 150, "minimum": 2, "reserve": 5, **changes}
     rounds = {
@@ -43,7 +43,7 @@ def draft(name: str, *, sites: Sequence[str] = SITES, extra: Sections = {}, **ch
         "rounds": rounds,
         "aggregation": {"minimum_sites": values["minimum"]},
     }
-    return study_kit.draft(name, sites, **merged(usual, extra))
+    return study_kit.draft(name, sites, **merged(usual, extra or {}))
 
 
 def images(path: Path, seed: int, count: int = 40) -> Path:

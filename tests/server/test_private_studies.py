@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,42 +13,13 @@ from privacy.checkpoint import needed, witnesses_of
 from privacy.grants import Claims
 from privacy.ledger import Commit, Reserve, Step
 from privacy.ledger_check import verify_file
-from privacy.study import Study
 from server.simulation import Finished, Simulation
-from tests import study_kit
-
-SITES = ("north", "south", "west")
-
-
-def draft(
-    name: str, mode: str, rounds: int, steps: int = 1, noise: str = "0.5", sums: Mapping[str, object] | None = None
-) -> Study:
-    return study_kit.study(
-        name,
-        SITES,
-        optimiser={"learning_rate": 0.5, "batch_size": 16},
-        rounds={"count": rounds, "local_steps": steps, "reserve": 2},
-        aggregation={"weights": "equal", "minimum_sites": 3},
-        privacy={
-            "mode": mode, "noise_multiplier": noise, "sampling_rate": 0.5, "images_per_patient": 2,
-            "expected_patients": 30 if mode == "shared" else 10, "patients_bound": 400, "site_patients_bound": 30,
-            "delta": 0.001, "evaluation_noise": 0.3,
-        },
-        secagg=sums or {"mode": "on"},
-    )  # fmt: skip
+from tests.server.private_kit import SITES, draft, images
 
 
 @pytest.fixture(scope="module")
 def simulation(tmp_path_factory: pytest.TempPathFactory):
-    """90 patients with two images each; who has the finding is brighter."""
-    folder = tmp_path_factory.mktemp("set")
-    rng = np.random.default_rng(2)
-    labels = np.array([i // 2 % 2 for i in range(180)])
-    pixels = rng.integers(0, 150, (180, 8, 8)) + 100 * labels[:, None, None]
-    np.savez(folder / "images.npz", images=pixels.astype(np.uint8))
-    rows = [f"{i},{labels[i]},p{i // 2}" for i in range(180)]
-    (folder / "index.csv").write_text("\n".join(["file,label,patient", *rows]))
-    with Simulation(folder, SITES, threads=1) as made:
+    with Simulation(images(tmp_path_factory.mktemp("set"), 90), SITES, threads=1) as made:
         yield made
 
 

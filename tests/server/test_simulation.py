@@ -19,6 +19,7 @@ from server import arms
 from server.cli import app
 from server.simulation import POOLED, Simulation, metrics, names
 from tests import study_kit
+from tests.server.private_kit import images
 from tests.study_kit import Sections
 
 SITES = ("north", "south", "west")
@@ -39,16 +40,7 @@ def draft(**sections: Mapping[str, Any]) -> Study:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 patients with two images each; who has the finding is brighter."""
-    folder = tmp_path_factory.mktemp("set")
-    rng = np.random.default_rng(2)
-    patients = [f"p{i // 2}" for i in range(240)]
-    labels = np.array([i // 2 % 2 for i in range(240)])
-    pixels = rng.integers(0, 150, (240, 8, 8)) + 100 * labels[:, None, None]
-    np.savez(folder / "images.npz", images=pixels.astype(np.uint8))
-    rows = [f"{i},{labels[i]},{patients[i]}" for i in range(240)]
-    (folder / "index.csv").write_text("\n".join(["file,label,patient", *rows]))
-    return folder
+    return images(tmp_path_factory.mktemp("set"), 120)
 
 
 @pytest.fixture(scope="module")
