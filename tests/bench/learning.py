@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from client import training
 from client.imaging import Membership, Source, load
 from models import networks, plots, tasks, transforms, weights
-from privacy.canonical import sha256
+from privacy.canonical import canonical, sha256
 from privacy.study import Study
 from server import arms
 from server.simulation import POOLED, Simulation
@@ -258,8 +258,8 @@ def _file(name: str, arm: str, seed: int) -> Path:
 
 
 def _digest(plan: Study) -> str:
-    body = plan.document().encode()
-    return sha256(body)
+    """What a plan asks for beyond the defaults: a run need not be repeated because a study gained an option."""
+    return sha256(canonical(plan.model_dump(mode="json", exclude_defaults=True)))
 
 
 def _done(name: str, arm: str, seed: int, plan: Study) -> bool:
