@@ -30,7 +30,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m deploy.demo $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m long
