@@ -296,7 +296,7 @@ SETS: dict[str, Bench] = {
         "ham10000", _ham,
         _plan(
             "ham10000", "akiec bcc bkl df mel nv vasc", "48, 64",
-            channels=3, rounds=30, steps=10, augmentation=_FLIP,
+            channels=3, rounds=60, steps=5, augmentation=_FLIP,
         ), 1.0,
     ),
     "lgg-mri": Bench(
