@@ -198,10 +198,10 @@ class Local(_Door):
         """Forget a data source; no image is touched."""
         self._call(self._stub.Disconnect, pb.DataName(name=name), pb.Empty)
 
-    def check(self, name: str) -> Iterator[pb.CheckEvent]:
-        """Read every image of a source once; progress, then the summary."""
+    def check(self, name: str, study: str = "") -> Iterator[pb.CheckEvent]:
+        """Read every image of a source once, for a study if one is named; progress, then the summary."""
         with self._speaking():
-            yield from self._stub.Check(pb.DataName(name=name))
+            yield from self._stub.Check(pb.CheckData(name=name, study=study))
 
     def preflight(self) -> list[pb.Finding]:
         """The agent's own checks: device, disk, a sample of images."""

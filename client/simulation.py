@@ -30,6 +30,7 @@ import numpy as np
 from client import dealing, enrolment
 from client.agent.core import FETCH_LIMIT, Agent
 from client.agent.desk import Desk
+from client.agent.inspection import require_training_images
 from client.agent.rows import SourceRow, State
 from client.home import SiteConfig, SiteHome
 from client.imaging import Cohort, Membership, Source
@@ -44,7 +45,7 @@ from privacy.study import Study
 IMAGES = "images"
 LIFETIME = "100000"
 """ε of a simulated patient's lifetime: a simulation asks what a study would cost, and spends nobody's budget."""
-SOURCE = '{"kind":"npz","path":"/"}'
+SOURCE = {"kind": "npz", "path": "/"}
 """The declaration of the hospital that holds everything: never read, because its desk joins the others' cohorts."""
 
 
@@ -105,11 +106,11 @@ class Hospitals:
         return operations[values.pop("op")](**values)
 
     def _deal(self, data: str, sites: list[str], seed: int) -> tuple[dict[str, Any], bytes]:
-        """Hand out the images; says who has how many."""
+        """Hand out the images; says who has how many, and what the set leaves open."""
         dealt = dealing.deal(Path(data), self._folder / IMAGES, sites, seed)
         self._shares = {share.name: share for share in dealt.shares}
         counts = {share.name: [share.images, share.patients] for share in dealt.shares}
-        return {"name": dealt.name, "classes": dealt.classes, "sites": counts}, b""
+        return {"name": dealt.name, "classes": dealt.classes, "sites": counts, "note": dealt.note}, b""
 
     def _enrol(self, consortium: str, pooled: str, seed: int, threads: int) -> tuple[dict[str, Any], bytes]:
         """Make every site and, under the name `pooled`, one that holds everything; returns their enrolments."""
@@ -129,12 +130,18 @@ class Hospitals:
             else:
                 others = list(self._agents.values())
                 agent = Agent(home, desk=lambda home, others=others, **more: Everything(others, home, **more))
-                agent.store.put_source(IMAGES, SOURCE)
+                one = any(share.source.one_image_per_patient for share in self._shares.values())
+                agent.store.put_source(IMAGES, json.dumps({**SOURCE, "one_image_per_patient": one}))
             self._agents[name] = agent
         return {"enrolments": documents}, b""
 
     def _approve(self, study: str, roster: str, sites: list[str]) -> tuple[dict[str, Any], bytes]:
-        """The operators' yes to a signed study."""
+        """The operators' yes to a signed study, once enough hospitals have images for it.
+
+        As at a real hospital, images are read before the yes. What is wrong with a hospital's images is told here if
+        too few are left without it; else the study goes on without that hospital, as it would in a consortium.
+        """
+        unfit: list[ConsiliumError] = []
         for name in sites:
             agent = self._agents[name]
             agent.import_document(bytes.fromhex(roster))
@@ -143,6 +150,13 @@ class Hospitals:
             known = agent.study(digest)
             if known is not None and known.privacy.mode != "none":
                 self._grant(agent, known)
+            try:
+                if known is not None:
+                    require_training_images(agent, known, IMAGES)
+            except ConsiliumError as error:
+                unfit.append(ConsiliumError(error.what, f"{name}, {error.subject}", error.remedy))
+            if known is not None and len(sites) - len(unfit) < known.aggregation.minimum_sites:
+                raise unfit[0]
         return {}, b""
 
     def _grant(self, agent: Agent, study: Study) -> None:

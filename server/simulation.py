@@ -173,7 +173,8 @@ class Finished:
 class Simulation:
     """A consortium of simulated hospitals in a folder of its own, which is removed in the end. Use it in a `with`.
 
-    Any number of studies may be run in it; images are prepared once.
+    Any number of studies may be run in it; images are prepared once. `note` says, where the set leaves it open, who
+    counts as a patient.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class Simulation:
         self.sites = tuple(sites)
         self.classes: tuple[str, ...] = ()
         self.images: dict[str, int] = {}
+        self.note = ""
 
     def __enter__(self) -> Self:
         """Start the hospitals and enrol them.
@@ -206,6 +208,7 @@ class Simulation:
             dealt = self.hospitals.call("deal", data=str(self._data.resolve()), sites=self.sites, seed=self._seed)
             self.classes = tuple(dealt["classes"])
             self.images = {name: counts[0] for name, counts in dealt["sites"].items()}
+            self.note = dealt["note"]
             self._found()
         except BaseException:
             self.__exit__()
@@ -226,7 +229,7 @@ class Simulation:
             heard: called with a site's name after each of its answers.
 
         Raises:
-            ConsiliumError: the study cannot be built or did not come to an end.
+            ConsiliumError: the study cannot be built, too few sites have images for it, or it did not come to an end.
         """
         from server.commands.signing import sign_study
 

@@ -180,6 +180,14 @@ class DataName(_message.Message):
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
+class CheckData(_message.Message):
+    __slots__ = ("name", "study")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    study: str
+    def __init__(self, name: _Optional[str] = ..., study: _Optional[str] = ...) -> None: ...
+
 class CheckEvent(_message.Message):
     __slots__ = ("done", "total", "summary")
     DONE_FIELD_NUMBER: _ClassVar[int]

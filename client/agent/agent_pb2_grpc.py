@@ -232,7 +232,7 @@ class LocalStub:
                 _registered_method=True)
         self.Check = channel.unary_stream(
                 '/consilium.agent.v1.Local/Check',
-                request_serializer=client_dot_agent_dot_agent__pb2.DataName.SerializeToString,
+                request_serializer=client_dot_agent_dot_agent__pb2.CheckData.SerializeToString,
                 response_deserializer=client_dot_agent_dot_agent__pb2.CheckEvent.FromString,
                 _registered_method=True)
         self.Preflight = channel.unary_unary(
@@ -411,7 +411,7 @@ def add_LocalServicer_to_server(servicer, server):
             ),
             'Check': grpc.unary_stream_rpc_method_handler(
                     servicer.Check,
-                    request_deserializer=client_dot_agent_dot_agent__pb2.DataName.FromString,
+                    request_deserializer=client_dot_agent_dot_agent__pb2.CheckData.FromString,
                     response_serializer=client_dot_agent_dot_agent__pb2.CheckEvent.SerializeToString,
             ),
             'Preflight': grpc.unary_unary_rpc_method_handler(
@@ -664,7 +664,7 @@ class Local:
             request,
             target,
             '/consilium.agent.v1.Local/Check',
-            client_dot_agent_dot_agent__pb2.DataName.SerializeToString,
+            client_dot_agent_dot_agent__pb2.CheckData.SerializeToString,
             client_dot_agent_dot_agent__pb2.CheckEvent.FromString,
             options,
             channel_credentials,

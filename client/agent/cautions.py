@@ -35,6 +35,6 @@ def cautions(study: Study, source: Source, patients: int) -> list[str]:
         found.append(
             "The source is declared to hold one image per patient. Every image counts as a patient of his own: whoever "
             "has k images in it is promised k times epsilon, and more than k times delta. Make sure that it is so, or "
-            "name the patients (columns.patient)."
+            "name the patients (--patient-column)."
         )
     return found

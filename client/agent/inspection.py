@@ -18,8 +18,9 @@ from client.agent.core import Agent
 from client.agent.rows import SourceRow, State
 from client.agent.seal import networked
 from client.imaging import Cohort, Source, load, pool, report
-from client.imaging.loading import READERS, given_up, index_file, pictures, wanted_of
-from client.imaging.near import Pair
+from client.imaging.labels import unlike
+from client.imaging.loading import READERS, NothingUsable, given_up, index_file, pictures, wanted_of
+from client.imaging.near import Doubles
 from client.imaging.records import Quarantined
 from client.imaging.unasked import question
 from privacy.errors import ConsiliumError
@@ -49,17 +50,22 @@ def source(agent: Agent, name: str) -> SourceRow:
     raise ConsiliumError("There is no such data source", name, f"Connected: {known}.")
 
 
-def check(agent: Agent, name: str, progress: Progress | None = None) -> str:
+def check(agent: Agent, name: str, progress: Progress | None = None, study: Study | None = None) -> str:
     """Read every image of a source once and keep the summary (JSON, for the operator's eyes).
 
-    Images are prepared for the newest study that is not over, so that they are warm when it starts; without a study
-    they are read and counted.
+    Images are prepared for the study, so that they are warm when it starts: the one named, or else the one that the
+    source is meant for. Without a study they are read and counted. Where nothing is usable the summary counts no image
+    and names what was left out.
 
     Raises:
-        ConsiliumError: nothing usable; whatever `progress` raises.
+        ConsiliumError: the source cannot be read as it is declared; whatever `progress` raises.
     """
-    row, study = source(agent, name), _current(agent)
-    cohort = agent.desk.cohort(study, row, progress) if study is not None else _read(agent, row, progress)
+    row = source(agent, name)
+    study = study or _meant(agent, name)
+    try:
+        cohort = agent.desk.cohort(study, row, progress) if study is not None else _read(agent, row, progress)
+    except NothingUsable as nothing:
+        cohort = nothing.cohort
     summary = cohort.summary()
     for side in summary["split"].values():
         side["classes"] = {label: count for label, count in side["classes"].items() if study is not None or count}
@@ -67,8 +73,10 @@ def check(agent: Agent, name: str, progress: Progress | None = None) -> str:
     summary["study"] = study.study.name if study is not None else ""
     summary["study_hash"] = study.hash if study is not None else ""
     summary["cautions"] = cautions(study, _declared(row), summary["patients"]) if study is not None else []
+    if not len(cohort) and (hint := unlike(cohort.quarantine)):
+        summary["cautions"].append(hint)
     pairs = cohort.duplicates()
-    summary["on_two_sides"] = len(pairs)
+    summary["on_two_sides"] = pairs.count
     summary["report"] = _reported(agent, row, cohort, pairs, summary)
     summary["examples_left_out"] = [f"{item.path}: {item.text}" for item in cohort.quarantine[:LISTED]]
     text = json.dumps(summary)
@@ -76,7 +84,7 @@ def check(agent: Agent, name: str, progress: Progress | None = None) -> str:
     return text
 
 
-def _reported(agent: Agent, row: SourceRow, cohort: Cohort, pairs: list[Pair], summary: dict[str, Any]) -> str:
+def _reported(agent: Agent, row: SourceRow, cohort: Cohort, pairs: Doubles, summary: dict[str, Any]) -> str:
     """Write the page about a source; its path, or "" where there is no room for it."""
     declared = _declared(row)
     facts = {
@@ -142,10 +150,13 @@ def preflight(agent: Agent) -> list[pb.Finding]:
     return [*findings, *_peers(agent), *(_sample(agent, row) for row in rows)]
 
 
-def _current(agent: Agent) -> Study | None:
-    open_states = {State.PENDING, State.APPROVED}
-    known = [row.hash for row in agent.store.studies() if row.state in open_states]
-    return agent.study(known[-1]) if known else None
+def _meant(agent: Agent, name: str) -> Study | None:
+    """The newest study that was approved with a source, or that waits for approval where there is no other source."""
+    alone = len(agent.store.sources()) == 1
+    for row in reversed(agent.store.studies()):
+        if (row.state is State.APPROVED and row.data == name) or (row.state is State.PENDING and alone):
+            return agent.study(row.hash)
+    return None
 
 
 def _peers(agent: Agent) -> list[pb.Finding]:

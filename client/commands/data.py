@@ -119,6 +119,7 @@ def connect(
 def check(
     context: typer.Context,
     name: NAME,
+    study: Annotated[str, typer.Option(help="The study to read them for; see above for the choice without it.")] = "",
     report: Annotated[
         Path | None, typer.Option(help="Where to put a copy of the report; the agent's own stays in the site's folder.")
     ] = None,
@@ -126,21 +127,31 @@ def check(
     """Read every image once and show counts, classes, scanners, duplicates, and what is left out and why.
 
     The site operator runs it after `connect`; figures and report stay at the site. One bad file never stops the rest,
-    and what was read once is not read again until it changes.
+    and what was read once is not read again until it changes. Images are read as a study asks for them: the one named
+    with `--study`, or that was approved with them, or that waits for approval where no other data is connected. Else
+    they are read without a study.
 
     Example: consilium-site data check archive --report archive.html
+
+    Example: consilium-site data check archive --study chest
     """
     home: SiteHome = context.obj
     summary = ""
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Local(home.local_socket) as door, Progress(*columns, console=err(), transient=True) as progress:
         task = progress.add_task("reading", total=None)
-        for event in door.check(name):
+        for event in door.check(name, study):
             progress.update(task, completed=event.done, total=event.total or None)
             summary = event.summary or summary
     _summarised(out(), name, summary)
     if report is not None:
         _copied(str(_json(summary).get("report", "")), report)
+    found = _json(summary)
+    if not found.get("images"):
+        asked = f"{name}, for the study {found['study']}" if found.get("study") else name
+        raise ConsiliumError(
+            "The source holds no usable image", asked, "Put right what is named above, then check it again."
+        )
 
 
 @app.command("list")
@@ -214,20 +225,16 @@ def _summarised(console: Console, name: str, text: str) -> None:
     if not summary:
         console.print(f"Not checked yet: `consilium-site data check {escape(name)}`.")
         return
+    images, patients = int(summary.get("images", 0)), int(summary.get("patients", 0))
     console.print(
-        f"[bold]{escape(name)}[/]: {summary.get('images', 0)} images of {summary.get('patients', 0)} patients, "
+        f"[bold]{escape(name)}[/]: {_counted(images, 'image')} of {_counted(patients, 'patient')}, "
         f"{summary.get('quarantined', 0)} left out. {escape(str(summary.get('patient_rule', '')))}"
     )
     split = summary.get("split")
     if isinstance(split, dict) and split:
-        classes = sorted({label for side in split.values() for label in side.get("classes", {})})
-        rows = [
-            (side, values.get("images", 0), values.get("patients", 0), *_shares(values.get("classes", {}), classes))
-            for side, values in split.items()
-        ]
-        console.print(table("side", "images", "patients", *classes, rows=rows, title="Classes"))
+        console.print(table("side", *split, rows=_by_class(split), title="Classes"))
         if not summary.get("study") and not any(split.get(side, {}).get("images") for side in ("validation", "test")):
-            console.print("No study is here yet, so all stand under train: each study splits the patients by itself.")
+            console.print("Read without a study, so all stand under train: each study splits the patients by itself.")
     for title, key, column in (("Scanners", "scanners", "scanner"), ("Left out", "quarantine", "reason")):
         counts = summary.get(key)
         if isinstance(counts, dict) and counts:
@@ -235,12 +242,19 @@ def _summarised(console: Console, name: str, text: str) -> None:
     examples = summary.get("examples_left_out")
     if isinstance(examples, list) and examples:
         console.print(table("the first that were left out", rows=[(item,) for item in examples]))
-    if summary.get("on_two_sides"):
+    if twice := summary.get("on_two_sides"):
         console.print(
-            f"[bold]{summary['on_two_sides']} pairs[/] of equal or nearly equal images stand on two sides of the split."
+            f"[bold]{_counted(twice, 'pair')}[/] of equal or nearly equal images "
+            f"{'stands' if twice == 1 else 'stand'} on two sides of the split."
         )
     if summary.get("report"):
         console.print(f"Report, for this site only: {escape(str(summary['report']))}", soft_wrap=True)
+    if patients == 1 < images:
+        console.print(
+            f"[yellow]Mind:[/] all {images} images count as one patient's, and a patient stands on one side only. If "
+            "they are of several, name the patients and connect again: `--patient-column`, or "
+            "`--one-image-per-patient` where that is so."
+        )
     for caution in summary.get("cautions", []):
         console.print(f"[yellow]Mind:[/] {escape(str(caution))}")
     prepared = f", prepared for the study {summary['study']}" if summary.get("study") else ""
@@ -303,9 +317,23 @@ def _kind(path: Path) -> str:
     return ""
 
 
-def _shares(counts: Mapping[str, int], classes: Sequence[str]) -> list[str]:
-    total = sum(counts.values())
-    return [f"{counts.get(name, 0)} ({100 * counts.get(name, 0) / total:.0f} %)" if total else "0" for name in classes]
+def _by_class(split: Mapping[str, Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """A row for each figure and class, a column for each side: few columns, however many classes there are."""
+    sides = list(split.values())
+    classes = sorted({label for side in sides for label in side.get("classes", {})})
+    return [
+        *((word, *(side.get(word, 0) for side in sides)) for word in ("images", "patients")),
+        *((name, *(_share(side.get("classes", {}), name) for side in sides)) for name in classes),
+    ]
+
+
+def _share(counts: Mapping[str, int], name: str) -> str:
+    count, total = counts.get(name, 0), sum(counts.values())
+    return f"{count} ({100 * count / total:.0f} %)" if total else "0"
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def _words(item: str) -> str:

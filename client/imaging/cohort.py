@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from client.imaging.near import Pair, Prints, across
+from client.imaging.near import Doubles, Prints, across
 from client.imaging.records import Image, Membership, Quarantined, Target
 from privacy.errors import ConsiliumError
 
@@ -157,8 +157,8 @@ class Cohort:
             found[np.unique(self.targets[at])] += 1
         return found
 
-    def duplicates(self) -> list[Pair]:
-        """Pairs of equal or nearly equal images on two sides of the split."""
+    def duplicates(self) -> Doubles:
+        """The pairs of equal or nearly equal images on two sides of the split."""
         return across([origin.prints for origin in self.origins], self.membership)
 
     def summary(self) -> dict[str, Any]:

@@ -91,17 +91,18 @@ class DicomFolder(Folder):
         pictures, segs = self._sorted_out(items, wanted, out)
         volumes = wanted.dims == 3 or (wanted.target is Target.MASK and bool(self._source.columns.mask))
         judged = self._judged(pictures, rows, wanted, segs, volumes=volumes, out=out)
-        if not judged and any(item.reason is Reason.NO_PATIENT for item in out):
+        shown = {item.path for item in pictures}
+        if shown and all(item.reason is Reason.NO_PATIENT for item in out if item.path in shown) and not judged:
             raise ConsiliumError(
                 "No image says who its patient is",
                 str(self._source.path),
-                "Name the label table's patient column (columns.patient), "
-                "or declare one_image_per_patient = true if no patient has two images.",
+                "Name the label table's patient column (--patient-column), "
+                "or declare --one-image-per-patient if no patient has two images.",
             )
         clean, bad_together = judged_together(judged, placeholders=self._source.placeholder_headers)
-        out += bad_together
+        out += [self._contested(item) for item in bad_together]
         records = assembled(clean, wanted, out) if volumes else [single(item) for item in clean]
-        out += [Quarantined(key or "(empty)", Reason.NO_FILE) for key in (rows.unused() if rows else ())]
+        out += self._not_found(rows)
         missing = Counter(word for item in pictures for word in item.header.missing)
         isolate = any(item.header.syntax in ISOLATED for item in clean)
         return Listing(records, sorted(out, key=lambda item: item.path), missing, isolate)
@@ -113,7 +114,7 @@ class DicomFolder(Folder):
                 raise ConsiliumError(
                     "The source has no labels",
                     str(self._source.path),
-                    "Name a label table (CSV), or the DICOM attribute that holds the label (label_tag).",
+                    "Name a label table (CSV), or the DICOM attribute that holds the label (--label-tag).",
                 )
             return None
         label = wants_words and not self._source.label_tag
@@ -144,6 +145,8 @@ class DicomFolder(Folder):
             if modality == "SEG" and wanted.target is Target.MASK and instances.intersection(item.header.about):
                 for instance in item.header.about:
                     segs[instance].append(item.path)
+            elif modality == "SEG" and wanted.target is Target.MASK:
+                out.append(Quarantined(item.path, Reason.MODALITY, "SEG of images that are not here"))
             elif modality in NOT_PICTURES or (self._source.modalities and modality not in self._source.modalities):
                 out.append(Quarantined(item.path, Reason.MODALITY, shown_modality(modality)))
             else:
@@ -185,7 +188,7 @@ class DicomFolder(Folder):
         if table and not rows and not self._source.label_tag:
             raise Unusable(Reason.NO_LABEL)
         if len({row.patient for row in rows}) > 1:
-            raise Unusable(Reason.PATIENTS)
+            raise Unusable(Reason.PATIENTS, "two rows, two patients")
         if self._source.one_image_per_patient:
             return (item.header.series if volumes else "") or item.path
         in_table = rows[0].patient if rows else ""
@@ -193,6 +196,11 @@ class DicomFolder(Folder):
         if not patient:
             raise Unusable(Reason.NO_PATIENT)
         return patient
+
+    def _contested(self, item: Quarantined) -> Quarantined:
+        if item.reason is Reason.PATIENTS and self._source.one_image_per_patient:
+            return replace(item, detail="several images of one patient, against --one-image-per-patient")
+        return item
 
     def _masks(self, rows: Sequence[Row], segs: Sequence[str]) -> tuple[str, ...]:
         named = self._named_mask(rows)

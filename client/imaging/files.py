@@ -66,6 +66,11 @@ def inside(root: Path, path: str) -> str:
     return real.relative_to(root).as_posix()
 
 
+def leaves(root: Path, path: str) -> bool:
+    """Does a path that a table names lead out of `root`, whether or not anything is there?"""
+    return not Path(os.path.normpath(root / tidy(path))).is_relative_to(root)
+
+
 def tidy(path: str) -> str:
     """A path as a table may write it (backslashes, `./`) in this module's form."""
     return PurePosixPath(path.replace("\\", "/")).as_posix()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from client.imaging import index
-from client.imaging.files import inside, walk
+from client.imaging.files import inside, leaves, walk
 from client.imaging.index import Entry
 from client.imaging.labels import Row, Rows, check_sides, own_side, read_table, target_of
 from client.imaging.masks import classes_of
@@ -111,6 +111,14 @@ class Folder:
         rows.files(self._paths)
         return rows
 
+    def _not_found(self, rows: Rows | None) -> list[Quarantined]:
+        """What the table names and nobody asked for."""
+        out = []
+        for key in rows.unused() if rows else ():
+            away = self._source.match == "file" and leaves(self._root, key)
+            out.append(Quarantined(key or "(empty)", Reason.SYMLINK if away else Reason.NO_FILE))
+        return out
+
     def _mask_files(self, rows: Rows | None) -> set[str]:
         """The files that are somebody's mask, so that none is taken for an image."""
         found = set()
@@ -168,7 +176,7 @@ class ImageFolder(Folder):
                 out.append(Quarantined(entry.path, bad.reason, bad.detail))
         records, copies = _without_copies(records, by_hash)
         out += copies
-        out += [Quarantined(key or "(empty)", Reason.NO_FILE) for key in (rows.unused() if rows else ())]
+        out += self._not_found(rows)
         check_sides(records, str(self._source.path))
         return Listing(records, sorted(out, key=lambda item: item.path))
 
@@ -197,7 +205,7 @@ class ImageFolder(Folder):
         if rows is not None and not said:
             raise Unusable(Reason.NO_LABEL)
         if len({row.patient for row in said}) > 1:
-            raise Unusable(Reason.PATIENTS)
+            raise Unusable(Reason.PATIENTS, "two rows, two patients")
         patient = entry.path if self._source.one_image_per_patient else said[0].patient
         if not patient:
             raise Unusable(Reason.NO_PATIENT)

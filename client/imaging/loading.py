@@ -22,6 +22,7 @@ from client.imaging.masks import resampled
 from client.imaging.near import Prints, prints
 from client.imaging.npz import NpzFile
 from client.imaging.records import (
+    WORDS,
     Image,
     Listing,
     Membership,
@@ -42,7 +43,7 @@ from privacy.errors import ConsiliumError
 Prepare = Callable[[Image], Image]
 Progress = Callable[[int, int], None]
 
-_VERSION = "2"
+_VERSION = "3"
 """Part of every cache entry's name: raised when reading or preparing changes what comes out."""
 _CHUNK = 4
 
@@ -50,6 +51,17 @@ READERS: dict[str, Callable[[Source], Reader]] = {
     "dicom": DicomFolder, "nifti": ImageFolder, "images": ImageFolder, "npz": NpzFile
 }  # fmt: skip
 """What reads each kind of source."""
+
+
+class NothingUsable(ConsiliumError):
+    """Every image of a source is left out: `cohort` holds none, and says why of each."""
+
+    def __init__(self, source: Source, cohort: Cohort) -> None:
+        reasons = Counter(item.reason for item in cohort.quarantine).most_common(3)
+        why = "; ".join(f"{count} × {WORDS[reason]}" for reason, count in reasons) or "the source is empty"
+        remedy = f"Put right what stands in the way: {why}. `consilium-site data check` names each file."
+        super().__init__("The source holds no usable image", str(source.path), remedy)
+        self.cohort = cohort
 
 
 def load(
@@ -83,7 +95,8 @@ def load(
         processes: that read files beside this one; None chooses by the number of files (`pool.processes_for`).
 
     Raises:
-        ConsiliumError: the source is not there, does not say who the patient is, or holds nothing usable.
+        NothingUsable: every image is left out.
+        ConsiliumError: the source is not there, or does not say who the patient is.
     """
     split = Split.of(split_spec)
     prepare = prepare or preparation({"input": input_spec})
@@ -97,12 +110,10 @@ def load(
         size = tuple(int(side) for side in input_spec["size"])
         found = _Preparing(reader, wanted, size, key, prepare, steps).into(cache_dir, entry, processes)
     arrays, facts = found
-    if not facts["patients"]:
-        raise _nothing(source, [Reason(why) for _, why, _ in facts["quarantine"]])
     for array in arrays.values():
         array.flags.writeable = False
     own = [side and Membership(side) for side in facts["own"]]
-    return Cohort(
+    cohort = Cohort(
         images=arrays["images"],
         targets=arrays["targets"],
         patients=tuple(facts["patients"]),
@@ -115,6 +126,9 @@ def load(
         origins=tuple(Origin(path, scanner, Prints(*both)) for path, scanner, *both in facts["origins"]),
         missing=Counter(facts["missing"]),
     )
+    if not cohort.patients:
+        raise NothingUsable(source, cohort)
+    return cohort
 
 
 def wanted_of(input_spec: Mapping[str, Any], classes: Sequence[str], target: str = "class") -> Wanted:
@@ -289,13 +303,3 @@ def _entry_name(source: Source, reader: Reader, input_spec: Mapping[str, Any], w
     ]
     text = json.dumps(shaped_by, sort_keys=True, default=str).encode()
     return hmac.new(key, b"consilium/v1/cache\0" + text, hashlib.sha256).hexdigest()
-
-
-def _nothing(source: Source, quarantine: Sequence[Reason]) -> ConsiliumError:
-    reasons = Counter(quarantine).most_common(3)
-    why = ", ".join(f"{count} × {reason.value}" for reason, count in reasons) or "the source is empty"
-    return ConsiliumError(
-        "The source holds no usable image",
-        str(source.path),
-        f"Put right what stands in the way ({why}), then `consilium-site data check`.",
-    )

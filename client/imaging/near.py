@@ -27,12 +27,13 @@ NEAR = 6
 LEAST_CONTRAST = 16
 """An image with fewer bits set, or fewer unset, is too empty for its hash to say anything."""
 MOST_COMPARED = 40_000
+MOST_LISTED = 100
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Prints:
-    """An image's fingerprints, hex: `exact` of 128 bits, `near` of 256."""
+    """An image's fingerprints, hex: `exact` of 128 bits, `near` of 256. `exact` is "" for an image of one value."""
 
     exact: str
     near: str
@@ -40,36 +41,59 @@ class Prints:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images (positions in the cohort) and how many bits their hashes differ by; 0 and `exact` for equal pixels."""
+    """Two images (positions in the cohort) and how many bits their hashes differ by; 0 and `exact` for equal pixels.
+
+    It is an example: `count` pairs of images on two sides have the pixels of these two.
+    """
 
     first: int
     second: int
     distance: int
     exact: bool
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Doubles:
+    """How many pairs stand on two sides, and examples, the most alike first: at most `MOST_LISTED` of each kind."""
+
+    count: int
+    examples: tuple[Pair, ...]
 
 
 def prints(image: Image) -> Prints:
     """Fingerprints of float32 [channels, *size]."""
     pixels = np.ascontiguousarray(image)
-    exact = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:32]
+    planes = pixels.reshape(len(pixels), -1)
+    empty = bool((planes == planes[:, :1]).all())
+    exact = "" if empty else hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:32]
     flat = image[:, image.shape[1] // 2] if image.ndim == 4 else image
     cells = _shrunk(flat, CELLS, CELLS + 1)
     bits = cells[:, 1:] > cells[:, :-1] + 1e-6 * max(1e-6, float(np.abs(cells).max()))
     return Prints(exact, np.packbits(bits).tobytes().hex())
 
 
-def across(found: Sequence[Prints], sides: Sequence[str], least: int = 0) -> list[Pair]:
+def across(found: Sequence[Prints], sides: Sequence[str]) -> Doubles:
     """The pairs on different sides whose pixels are equal, or whose hashes differ in at most `NEAR` bits.
 
-    At most `MOST_COMPARED` images are compared for nearness (the first ones); equal pixels are found among all.
+    Equal images are taken together first, so that a thousand copies are one picture to compare and not a million
+    pairs. At most `MOST_COMPARED` pictures are compared for nearness (the first ones); equal pixels are found among
+    all. Images of one value, such as the slices above the head, are alike everywhere and say nothing: left out.
     """
-    pairs = {(pair.first, pair.second): pair for pair in _near(found[:MOST_COMPARED], sides)}
-    for same in _by_exact(found).values():
-        for at, first in enumerate(same):
-            for second in same[at + 1 :]:
-                if sides[first] != sides[second]:
-                    pairs[first, second] = Pair(first, second, 0, exact=True)
-    return sorted(pairs.values(), key=lambda pair: (not pair.exact, pair.distance, pair.first, pair.second))
+    names, side = np.unique(np.array(sides), return_inverse=True)
+    groups = list(_by_exact(found).values())
+    if len(names) < 2 or not groups:
+        return Doubles(0, ())
+    held = np.array([np.bincount(side[same], minlength=len(names)) for same in groups])
+    equal = (held.sum(axis=1) ** 2 - (held**2).sum(axis=1)) // 2
+    near, nearest = _near([found[same[0]].near for same in groups[:MOST_COMPARED]], held)
+    alike = [(0, at, at, int(equal[at])) for at in np.flatnonzero(equal)[:MOST_LISTED].tolist()] + nearest
+    examples = [
+        Pair(*_example(groups[one], groups[other], side), distance, one == other, count)
+        for distance, one, other, count in alike
+    ]
+    examples.sort(key=lambda pair: (not pair.exact, pair.distance, pair.first, pair.second))
+    return Doubles(int(equal.sum()) + near, tuple(examples))
 
 
 def copies(found: Sequence[Prints], patients: Sequence[str]) -> int:
@@ -81,31 +105,49 @@ def copies(found: Sequence[Prints], patients: Sequence[str]) -> int:
 def _by_exact(found: Sequence[Prints]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = defaultdict(list)
     for at, item in enumerate(found):
-        groups[item.exact].append(at)
+        if item.exact:
+            groups[item.exact].append(at)
     return groups
 
 
-def _near(found: Sequence[Prints], sides: Sequence[str]) -> list[Pair]:
-    if not found:
-        return []
-    hashes = np.frombuffer(bytes.fromhex("".join(item.near for item in found)), ">u8").reshape(len(found), 4)
-    hashes = hashes.astype(np.uint64)
+def _near(prints: Sequence[str], held: NDArray[np.int64]) -> tuple[int, list[tuple[int, int, int, int]]]:
+    """How many pairs on two sides are near, and the nearest pictures: (distance, one, other, how many such pairs).
+
+    Args:
+        prints: difference hashes of different pictures, hex.
+        held: images of each picture on each side, [pictures, sides].
+    """
+    hashes = np.frombuffer(bytes.fromhex("".join(prints)), ">u8").reshape(len(prints), 4).astype(np.uint64)
     weight = np.bitwise_count(hashes).sum(axis=1)
     telling = (weight >= LEAST_CONTRAST) & (weight <= 256 - LEAST_CONTRAST)
-    side = np.unique(np.array(sides[: len(found)]), return_inverse=True)[1]
-    pairs = []
-    for start in range(0, len(found), _BLOCK):
+    total, nearest = 0, np.empty((0, 4), np.int64)
+    for start in range(0, len(prints), _BLOCK):
         rows = hashes[start : start + _BLOCK]
-        distance = np.zeros((len(rows), len(found) - start), np.uint16)
+        distance = np.zeros((len(rows), len(prints) - start), np.uint16)
         for word in range(4):
             distance += np.bitwise_count(rows[:, None, word] ^ hashes[None, start:, word])
-        block = slice(start, start + len(rows))
-        near = (distance <= NEAR) & telling[block, None] & telling[None, start:]
-        near &= side[block, None] != side[None, start:]
-        for row, column in zip(*np.nonzero(near), strict=True):
-            if column > row:
-                pairs.append(Pair(start + int(row), start + int(column), int(distance[row, column]), exact=False))
-    return pairs
+        near = np.triu((distance <= NEAR) & telling[start : start + _BLOCK, None] & telling[None, start:], 1)
+        best = [nearest]
+        for row in np.flatnonzero(near.any(axis=1)):
+            columns = np.flatnonzero(near[row])
+            one, others = held[start + row], held[start + columns]
+            counts = one.sum() * others.sum(axis=1) - others @ one
+            total += int(counts.sum())
+            found = np.stack([distance[row, columns], np.full(len(columns), start + row), start + columns, counts], 1)
+            best.append(_nearest(found[counts > 0]))
+        nearest = _nearest(np.concatenate(best))
+    return total, [(int(a), int(b), int(c), int(d)) for a, b, c, d in nearest]
+
+
+def _nearest(found: NDArray[np.int64]) -> NDArray[np.int64]:
+    return found[np.argsort(found[:, 0], kind="stable")][:MOST_LISTED]
+
+
+def _example(one: Sequence[int], other: Sequence[int], side: NDArray[np.int64]) -> tuple[int, int]:
+    """The first images of two groups (or of one) that stand on different sides, in order."""
+    here, there = ({int(side[at]): at for at in reversed(group)} for group in (one, other))
+    first, second = min((a, b) for mine, a in here.items() for theirs, b in there.items() if mine != theirs)
+    return min(first, second), max(first, second)
 
 
 def _shrunk(planes: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float64]:

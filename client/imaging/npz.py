@@ -2,10 +2,10 @@
 
 Two layouts: MedMNIST's (train_images, train_labels, val_*, test_*; the file's own split is honoured) and plain
 arrays (images, labels). Masks stand beside them (train_masks, masks: a class for each pixel), several labels as an
-array [n, classes] of 0 and 1, and the mm between pixels as "spacing" (one number for each axis). Images are
-[n, height, width] or [n, height, width, channels], volumes [n, slices, height, width] or the same with channels. Who
-the patient is comes from patients arrays (train_patients, patients), from the column of an index table whose rows
-follow the images, or from the operator's declaration that one image is one patient.
+array [n, classes] of 0 and 1, and the mm between pixels as "spacing" (one number for each axis of an image). Images
+are [n, height, width] or [n, height, width, channels], volumes [n, slices, height, width] or the same with channels.
+Who the patient is comes from patients arrays (train_patients, patients), from the column of an index table whose rows
+follow the images, or from the operator's declaration that one image is one patient. "nan" in a column is a gap.
 
 Sizes are read from the headers and checked before an array is, and nothing is ever unpickled.
 """
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from client.imaging.display import in_range
 from client.imaging.folder import slices
 from client.imaging.labels import Row, check_sides, own_side, read_table, target_of
 from client.imaging.masks import classes_of
@@ -59,6 +60,7 @@ class _Part:
     rows: Sequence[Row]
     sides: Sequence[Membership | None]
     columns: Columns
+    spacing: tuple[float, ...] | None
 
 
 class NpzFile:
@@ -72,7 +74,6 @@ class NpzFile:
         self._path = source.path.resolve()
         self._shapes = shapes(self._path)
         self._parts: dict[str, _Part] | None = None
-        self._spacing: tuple[float, ...] | None = None
         self.opener = self
         names = [f"{part}_images" for part in _PARTS if f"{part}_images" in self._shapes]
         self._names = names or (["images"] if "images" in self._shapes else [])
@@ -104,8 +105,16 @@ class NpzFile:
         return digest.hexdigest()
 
     def words(self) -> set[str]:
-        """None: such files have no words of their own."""
-        return set()
+        """The words, or numbers, of the arrays of labels that give each image one."""
+        names = [f"{name.removesuffix('images')}labels" for name in self._names]
+        single = [name for name in names if math.prod(self._shapes.get(name, (0, 0))[1:]) == 1]
+        return {word for name in single for word in words_of(read_array(self._path, name), name, self._path)}
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, ...]]:
+        """What the first part of the file holds: the shapes of its arrays as images, labels, masks, patients."""
+        prefix = self._names[0].removesuffix("images")
+        return {name.removeprefix(prefix): shape for name, shape in self._shapes.items() if name.startswith(prefix)}
 
     def index(self, wanted: Wanted) -> Listing:
         """Every image with its label, patient and side.
@@ -132,8 +141,9 @@ class NpzFile:
         return Listing(records, out)
 
     def read(self, record: Record, wanted: Wanted) -> list[Picture]:
-        """One image, or the slices of a volume, float32 [channels, *size]: integers over their type's largest value
-        (so 8-bit images are in [0, 1]), reals as they are. Raises `Unusable`."""
+        """One image, or the slices of a volume, float32 [channels, *size]: as stored where the study asks for units;
+        else unsigned integers over their type's largest value (8-bit images are then in [0, 1]), signed ones over
+        the image's own range, reals as they are. Raises `Unusable`."""
         name, row = record.path[:-1].split("[")
         part = self._read_parts(wanted)[name]
         stored = part.images[int(row)]
@@ -141,14 +151,11 @@ class NpzFile:
         planes = stored[None] if stored.ndim == (3 if volume else 2) else np.moveaxis(stored, -1, 0)
         if planes.shape[0] not in (1, wanted.channels):
             raise Unusable(Reason.CHANNELS, f"{planes.shape[0]} channels")
-        values = planes.astype(np.float32)
-        if np.issubdtype(stored.dtype, np.integer):
-            values /= np.float32(np.iinfo(stored.dtype).max)
-        image = in_channels(finite(values), wanted.channels)
+        image = in_channels(finite(planes if wanted.units else _shown(planes)), wanted.channels)
         mask: Mask | None = None
         if part.masks is not None:
             mask = classes_of(part.masks[int(row)], wanted.classes, self._source.classes)
-        picture = Picture(image, mask, self._spacing)
+        picture = Picture(image, mask, part.spacing)
         return slices(picture) if volume and wanted.dims == 2 else [picture]
 
     @staticmethod
@@ -161,22 +168,22 @@ class NpzFile:
     def _read_parts(self, wanted: Wanted) -> dict[str, _Part]:
         if self._parts is None:
             self._parts = {name: self._read_part(name, wanted) for name in self._names}
-            if "spacing" in self._shapes:
-                self._spacing = self._read_spacing(wanted)
         return self._parts
 
-    def _read_spacing(self, wanted: Wanted) -> tuple[float, ...]:
-        found = np.atleast_1d(self._array("spacing"))
-        if found.shape != (wanted.dims,) or found.dtype.kind not in "uif" or not (found > 0).all():
+    def _read_spacing(self, axes: int) -> tuple[float, ...] | None:
+        if "spacing" not in self._shapes:
+            return None
+        found = np.atleast_1d(read_array(self._path, "spacing"))
+        if found.shape != (axes,) or found.dtype.kind not in "uif" or not (found > 0).all():
             raise ConsiliumError(
                 "The array “spacing” does not fit the images",
                 str(self._path),
-                f"Give {wanted.dims} numbers above 0: millimetres between neighbours along each axis.",
+                f"Give {axes} numbers above 0: millimetres between neighbours along each axis of an image.",
             )
         return tuple(float(value) for value in found)
 
     def _read_part(self, name: str, wanted: Wanted) -> _Part:
-        images = self._array(name)
+        images = read_array(self._path, name)
         volume = self._volumes(images, wanted)
         fits = images.ndim in ((4, 5) if volume else (3, 4)) and images.dtype.kind in "uif"
         if not fits or (wanted.dims == 3 and not volume):
@@ -188,8 +195,10 @@ class NpzFile:
             )
         prefix = name.removesuffix("images")
         masks = self._read_masks(f"{prefix}masks", images, volume=volume) if wanted.target is Target.MASK else None
+        spacing = self._read_spacing(3 if volume else 2)
         if self._source.labels is not None:
-            return self._from_table(name, images, masks, wanted)
+            rows, sides = self._from_table(name, len(images), wanted)
+            return _Part(name, images, masks, rows, sides, self._source.columns, spacing)
         count = len(images)
         patients: Sequence[str]
         if self._source.one_image_per_patient:
@@ -205,14 +214,14 @@ class NpzFile:
             Row("", label[0] if len(label) == 1 else "", patient, "", several=label if columns.labels else ())
             for label, patient in zip(labels, patients, strict=True)
         ]
-        return _Part(name, images, masks, rows, [side] * count, columns)
+        return _Part(name, images, masks, rows, [side] * count, columns, spacing)
 
     def _read_labels(self, name: str, count: int, wanted: Wanted) -> tuple[Columns, list[tuple[str, ...]]]:
         if wanted.target is Target.MASK:
             return Columns(), [("",)] * count
         wide = len(wanted.classes)
         if wanted.target is Target.LABELS and self._shapes.get(name) == (count, wide) and wide > 1:
-            values = self._array(name).tolist()
+            values = read_array(self._path, name).tolist()
             return Columns(labels=wanted.classes), [tuple(str(value) for value in row) for row in values]
         return Columns(), [(word,) for word in self._words(name, count)]
 
@@ -221,7 +230,7 @@ class NpzFile:
             raise ConsiliumError(
                 f"The npz file has no array “{name}”", str(self._path), "Add it: a class for each pixel of the images."
             )
-        masks = self._array(name)
+        masks = read_array(self._path, name)
         if masks.shape != images.shape[: 4 if volume else 3]:
             raise ConsiliumError(
                 f"The array “{name}” does not fit the images",
@@ -230,7 +239,7 @@ class NpzFile:
             )
         return masks
 
-    def _from_table(self, name: str, images: NDArray[Any], masks: NDArray[Any] | None, wanted: Wanted) -> _Part:
+    def _from_table(self, name: str, count: int, wanted: Wanted) -> tuple[list[Row], list[Membership | None]]:
         table, columns = self._source.labels, self._source.columns
         if table is None or name != "images":
             raise ConsiliumError(
@@ -239,17 +248,17 @@ class NpzFile:
                 "Leave out the table, or put all images into one array in the table's order.",
             )
         if not columns.patient and not self._source.one_image_per_patient:
-            raise _nobody_named(table, "Name the table's patient column (columns.patient)")
+            raise _nobody_named(table, "Name the table's patient column (--patient-column)")
         rows = read_table(table, columns, image=False, label=wanted.target is not Target.MASK)
-        if len(rows) != len(images):
+        if len(rows) != count:
             raise ConsiliumError(
                 "The index table does not fit the images",
                 str(table),
-                f"It has {len(rows)} rows for {len(images)} images: give one row per image, in their order.",
+                f"It has {len(rows)} rows for {count} images: give one row per image, in their order.",
             )
         if self._source.one_image_per_patient:
             rows = [replace(row, patient=f"{number:06d}") for number, row in enumerate(rows)]
-        return _Part(name, images, masks, rows, [own_side(row, self._source) for row in rows], columns)
+        return rows, [own_side(row, self._source) for row in rows]
 
     def _words(self, name: str, count: int) -> list[str]:
         """A column of labels or patients as text; a whole number reads as such."""
@@ -257,27 +266,36 @@ class NpzFile:
             raise ConsiliumError(
                 f"The npz file has no array “{name}”", str(self._path), "Add it: one entry for each image."
             )
-        values = self._array(name)
-        flat = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-        if flat.shape != (count, 1) or values.dtype.kind not in "uifbUS":
-            raise ConsiliumError(
-                f"The array “{name}” does not fit the images",
-                str(self._path),
-                f"It has shape {values.shape} and type {values.dtype} for {count} images: "
-                "give one number or word for each.",
-            )
-        column = flat[:, 0]
-        if column.dtype.kind == "S":
-            return [bytes(value).decode("utf-8", "replace").strip() for value in column]
-        return [str(value).strip() for value in column.tolist()]
+        found = words_of(read_array(self._path, name), name, self._path)
+        if len(found) != count:
+            raise _misfit(self._path, name, f"It has {len(found)} entries for {count} images")
+        return found
 
-    def _array(self, name: str) -> NDArray[Any]:
-        try:
-            with np.load(self._path, allow_pickle=False) as archive:
-                array: NDArray[Any] = archive[name]
-                return array
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
-            raise _unreadable(self._path, f"{name}: {type(error).__name__}") from None
+
+def read_array(path: Path, name: str) -> NDArray[Any]:
+    """One array of an npz file that `shapes` has looked at. Raises ConsiliumError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            array: NDArray[Any] = archive[name]
+            return array
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        raise _unreadable(path, f"{name}: {type(error).__name__}") from None
+
+
+def words_of(values: NDArray[Any], name: str, path: Path) -> list[str]:
+    """A column [n] or [n, 1] of numbers or words as text, stripped; "nan", which stands for a gap, is empty.
+
+    Raises:
+        ConsiliumError: the array `name` of `path` is no such column.
+    """
+    if math.prod(values.shape[1:]) != 1 or values.dtype.kind not in "uifbUS":
+        raise _misfit(path, name, f"It has shape {values.shape} and type {values.dtype}")
+    column = values.reshape(-1)
+    if column.dtype.kind == "S":
+        words = [bytes(value).decode("utf-8", "replace").strip() for value in column]
+    else:
+        words = [str(value).strip() for value in column.tolist()]
+    return ["" if word.casefold() == "nan" else word for word in words]
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -318,6 +336,18 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _shown(planes: NDArray[Any]) -> NDArray[Any]:
+    if planes.dtype.kind == "u":
+        return planes.astype(np.float32) / np.float32(np.iinfo(planes.dtype).max)
+    return in_range(planes.astype(np.float64)) if planes.dtype.kind == "i" else planes
+
+
+def _misfit(path: Path, name: str, why: str) -> ConsiliumError:
+    return ConsiliumError(
+        f"The array “{name}” does not fit the images", str(path), f"{why}: give one number or word for each."
+    )
+
+
 def _unreadable(path: Path, why: str) -> ConsiliumError:
     return ConsiliumError("The npz file cannot be read", str(path), f"Copy or save it again ({why}).")
 
@@ -326,5 +356,5 @@ def _nobody_named(where: Path, way: str) -> ConsiliumError:
     return ConsiliumError(
         "The source does not say who the patients are",
         str(where),
-        f"{way}, or declare one_image_per_patient = true if no patient has two images.",
+        f"{way}, or declare --one-image-per-patient if no patient has two images.",
     )

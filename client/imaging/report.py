@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from client.imaging import near
 from client.imaging.charts import bars, histogram, keys, table, text, tile
 from client.imaging.cohort import Cohort
-from client.imaging.near import Pair
+from client.imaging.near import Doubles
 from client.imaging.records import WORDS, Membership, Quarantined, Reason, Target
 
 SAMPLED = 400
 PER_CLASS = 8
 MOST_CLASSES = 24
 MOST_ROWS = 500
-MOST_PAIRS = 100
 PAIRS_SHOWN = 12
 MOST_SCANNERS = 6
 
@@ -35,7 +34,7 @@ _STYLE = Path(__file__).with_name("report.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write(file: Path, name: str, cohort: Cohort, pairs: list[Pair], facts: Mapping[str, str]) -> Path:
+def write(file: Path, name: str, cohort: Cohort, pairs: Doubles, facts: Mapping[str, str]) -> Path:
     """Write the page, readable by this user only, whole or not at all; returns its path.
 
     Args:
@@ -82,12 +81,12 @@ def write(file: Path, name: str, cohort: Cohort, pairs: list[Pair], facts: Mappi
     return file
 
 
-def _cards(cohort: Cohort, pairs: list[Pair]) -> str:
+def _cards(cohort: Cohort, pairs: Doubles) -> str:
     cards = {
         "images": len(cohort),
         "patients": len(set(cohort.patients)),
         "left out": len(cohort.quarantine),
-        "pairs on two sides": len(pairs),
+        "pairs on two sides": pairs.count,
     }
     shape = " × ".join(str(side) for side in cohort.images.shape[2:])
     tiles = "".join(f'<div class="card"><b>{count:,}</b>{label}</div>' for label, count in cards.items())
@@ -182,17 +181,17 @@ def _tile(cohort: Cohort, at: int) -> str:
     return tile(cohort.images[at], mask, caption)
 
 
-def _duplicates(cohort: Cohort, pairs: list[Pair]) -> str:
+def _duplicates(cohort: Cohort, pairs: Doubles) -> str:
     same = near.copies([origin.prints for origin in cohort.origins], cohort.patients)
     parts = [
         '<h2>The same image on two sides</h2><p class="soft">Equal pixels, or a difference hash of which at most '
-        f"{near.NEAR} of 256 bits differ. Two patients with one image are often one patient with two numbers: a model "
-        "would be tested on what it was trained on.</p>",
-        f"<p>{len(pairs)} pairs; {same} images have the pixels of another patient's image, on whichever side.</p>",
+        f"{near.NEAR} of 256 bits differ; images of one value are left aside. Two patients with one image are often "
+        "one patient with two numbers: a model would be tested on what it was trained on.</p>",
+        f"<p>{pairs.count:,} pairs; {same:,} images have the pixels of another patient's image, on whichever side.</p>",
     ]
     tiles = [
         f'<div class="pair">{_tile(cohort, pair.first)}{_tile(cohort, pair.second)}</div>'
-        for pair in pairs[:PAIRS_SHOWN]
+        for pair in pairs.examples[:PAIRS_SHOWN]
     ]
     rows = [
         (
@@ -201,13 +200,16 @@ def _duplicates(cohort: Cohort, pairs: list[Pair]) -> str:
             cohort.origins[pair.second].path,
             cohort.membership[pair.second],
             "equal" if pair.exact else f"{pair.distance} bits",
+            pair.count,
         )
-        for pair in pairs[:MOST_PAIRS]
+        for pair in pairs.examples
     ]
     if rows:
         parts += [
             f'<div class="tiles">{"".join(tiles)}</div>',
-            table(("image", "side", "image", "side", "differ"), rows),
+            '<p class="soft">One example of each two pictures that are alike, the most alike first, and how many pairs '
+            f"have the same two: at most {near.MOST_LISTED} equal ones and as many near ones.</p>",
+            table(("image", "side", "image", "side", "differ", "pairs"), rows, numbers=(5,)),
         ]
     return "".join(parts)
 

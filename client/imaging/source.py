@@ -7,9 +7,11 @@ is gets refused unless the operator declares that one image is one patient.
 
 from __future__ import annotations
 
+import re
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
@@ -66,7 +68,7 @@ class Source(BaseModel):
     kind: Literal["dicom", "nifti", "images", "npz"]
     path: Path
     labels: Path | None = None
-    label_tag: Annotated[str, Field(pattern=r"^([A-Z][A-Za-z0-9]{0,63})?$")] = ""
+    label_tag: str = ""
     masks: Path | None = None
     columns: Columns = Columns()
     match: Literal["file", "instance", "series"] = "file"
@@ -79,34 +81,36 @@ class Source(BaseModel):
     @model_validator(mode="after")
     def _one_answer_to_who_is_the_patient(self) -> Source:
         if self.one_image_per_patient and self.columns.patient:
-            raise ValueError("one_image_per_patient and columns.patient exclude each other: keep one")
+            raise ValueError("--one-image-per-patient and --patient-column exclude each other: keep one")
         if self.label_tag and self.kind != "dicom":
-            raise ValueError("label_tag is for DICOM only")
+            raise ValueError("--label-tag is for DICOM only")
+        if self.label_tag and (wrong := _no_attribute(self.label_tag)):
+            raise ValueError(wrong)
         if self.masks is not None and self.kind in {"dicom", "npz"}:
-            raise ValueError("masks is a folder beside NIfTI, PNG or JPEG images: elsewhere use columns.mask")
+            raise ValueError("--masks is a folder beside NIfTI, PNG or JPEG images: elsewhere use --mask-column")
         if self.columns.labels and self.label_tag:
-            raise ValueError("columns.labels and label_tag exclude each other: keep one")
+            raise ValueError("--labels-column and --label-tag exclude each other: keep one")
         if self.labels is None and self.kind in {"nifti", "images"}:
             if self.masks is None:
-                raise ValueError("labels is missing: a folder of images needs a label table (CSV) or a masks folder")
+                raise ValueError("a folder of images needs a label table (--labels) or a folder of masks (--masks)")
             if not self.one_image_per_patient:
                 raise ValueError(
-                    "nothing names the patient: give a label table with columns.patient "
-                    "or declare one_image_per_patient"
+                    "nothing names the patient: give a label table (--labels) with --patient-column "
+                    "or declare --one-image-per-patient"
                 )
         if self.kind in {"nifti", "images"} and not (self.columns.patient or self.one_image_per_patient):
-            raise ValueError("nothing names the patient: give columns.patient or declare one_image_per_patient")
+            raise ValueError("nothing names the patient: give --patient-column or declare --one-image-per-patient")
         if self.columns.patient and self.labels is None and self.kind != "npz":
-            raise ValueError("columns.patient names a column of a table that is missing: give labels")
+            raise ValueError("--patient-column names a column of a table that is missing: give --labels")
         if self.placeholder_headers and not (self.columns.patient or self.one_image_per_patient):
             raise ValueError(
-                "placeholder_headers leaves nobody to name the patient: "
-                "give columns.patient or declare one_image_per_patient"
+                "--placeholder-headers leaves nobody to name the patient: "
+                "give --patient-column or declare --one-image-per-patient"
             )
         if self.columns.split and self.kind == "dicom":
-            raise ValueError("columns.split is not for DICOM: a DICOM folder is split by patient")
+            raise ValueError("--split-column is not for DICOM: a DICOM folder is split by patient")
         if self.match != "file" and self.kind != "dicom":
-            raise ValueError("match is for DICOM only: other images have no UIDs")
+            raise ValueError("--match is for DICOM only: other images have no UIDs")
         return self
 
     @classmethod
@@ -165,6 +169,19 @@ class Source(BaseModel):
         if self.columns.patient:
             return "The patient is the one that the label table names."
         return "The patient is the one that the image file names."
+
+
+def _no_attribute(word: str) -> str:
+    """What is wrong with the keyword of a DICOM attribute (PS3.6, 6), and what may have been meant; "" if nothing."""
+    from pydicom.datadict import keyword_dict, keyword_for_tag, tag_for_keyword
+
+    if tag_for_keyword(word) is not None:
+        return ""
+    digits = re.fullmatch(r"\(?([0-9A-Fa-f]{4}),? ?([0-9A-Fa-f]{4})\)?", word)
+    meant = [keyword_for_tag(int(digits[1] + digits[2], 16))] if digits else []
+    meant = [near for near in meant if near] or get_close_matches(word, keyword_dict, 3)
+    advice = f"near it are {', '.join(meant)}" if meant else "give its keyword, such as BodyPartExamined"
+    return f"there is no DICOM attribute “{word}” for --label-tag; {advice}"
 
 
 def _sentence(item: dict[str, Any]) -> str:

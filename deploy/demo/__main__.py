@@ -60,6 +60,8 @@ def demo(
     dealt = deal(data, out / "images", rounds)
     for name, source in dealt.sources.items():
         console.print(f"  {name:<12} {source.path}")
+    if dealt.note:
+        console.print(f"  {dealt.note}")
     home = out.resolve() / "run"
     shutil.rmtree(home, ignore_errors=True)
     with Federation(

@@ -10,6 +10,7 @@ import numpy as np
 from client import dealing
 from client.imaging import Source
 from deploy.demo import phantoms
+from privacy.errors import ConsiliumError
 
 NAMES = ("northgate", "riverside", "st-elmo")
 MIX = 4
@@ -73,6 +74,7 @@ class Deal:
         rounds, steps: of training.
         rate, batch: learning rate and images per step.
         contrast, augmentation: the transforms.
+        note: who counts as a patient, where the set leaves it open.
     """
 
     title: str
@@ -87,6 +89,7 @@ class Deal:
     batch: int
     contrast: str
     augmentation: str
+    note: str = ""
 
     def toml(self, name: str) -> str:
         """The draft of the study."""
@@ -132,6 +135,10 @@ def deal(data: Path | None, folder: Path, rounds: int = 0) -> Deal:
     if data is None:
         return _drawn(folder / "drawn", rounds)
     dealt = dealing.deal(data, folder / "real", NAMES, mix=MIX)
+    if not dealt.classes:
+        raise ConsiliumError(
+            "The set names no classes", str(data), "The demo learns one class of each image: add labels."
+        )
     first = dealt.shares[0].source.path
     with np.load(first, allow_pickle=False) as archive:
         shape = archive["images" if "images" in archive else "train_images"].shape
@@ -149,6 +156,7 @@ def deal(data: Path | None, folder: Path, rounds: int = 0) -> Deal:
         batch=32,
         contrast="scale_intensity",
         augmentation="random_affine",
+        note=dealt.note,
     )
 
 

@@ -71,6 +71,7 @@ def simulate(
     chosen = names(draft, sites or len(draft.sites))
     rows: list[Row] = []
     with Simulation(data, chosen, seed=seed, threads=threads) as simulation:
+        _noted(simulation)
         if leave_out:
             for site in chosen if leave_out == "all" else (leave_out,):
                 plan = arms.without(draft, chosen, site)
@@ -108,6 +109,7 @@ def baseline(
     chosen = names(draft, sites or len(draft.sites))
     rows: list[Row] = []
     with Simulation(data, chosen, seed=seed, pooled=arm is not Arm.LOCAL, threads=threads) as simulation:
+        _noted(simulation)
         plans: dict[str, Study] = {}
         if arm is Arm.ALL:
             plans["together"] = arms.together(draft, chosen)
@@ -120,6 +122,11 @@ def baseline(
             rows += _measured(simulation, model, name, chosen)
             simulation.export(model, folder / name.replace(" ", "-"))
     _report(draft, rows, folder, {"sites": list(chosen), "images": simulation.images, "seed": seed})
+
+
+def _noted(simulation: Simulation) -> None:
+    if simulation.note:
+        err().print(escape(simulation.note))
 
 
 def _draft(path: Path) -> Study:

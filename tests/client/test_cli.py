@@ -18,6 +18,8 @@ import numpy as np
 import psutil
 import pytest
 import typer
+from PIL import Image as Pillow
+from rich.console import Console
 from typer.main import get_command
 
 from client import enrolment, link_state
@@ -246,7 +248,8 @@ def test_a_whole_day_by_files(home: SiteHome, link: Link, site: Site, study: Pat
     code, _, err = site(home, "data", "check", "archive", "--report", str(tmp_path / "gone" / "r.html"))
     assert code == 1
     assert "The report cannot be copied" in err
-    assert re.search(r"train +\d+ +\d+ +\d+ \(\d+ %\)", out)
+    assert re.search(r"side +train +validation +test *\nimages +\d+ +\d+ +\d+ *\npatients +\d+ +\d+ +\d+ *\n", out)
+    assert re.search(r"\n\w+ +\d+ \(\d+ %\) +\d+", out), "a line for each class"
     assert "own_split" not in site(home, "data", "show", "archive")[1]
 
     approval = tmp_path / "approval.json"
@@ -281,6 +284,21 @@ def test_what_does_not_exist_is_named(home: SiteHome, site: Site, arguments: lis
     assert code == 1
     assert words in err
     assert "→" in err
+
+
+@pytest.mark.usefixtures("node")
+def test_a_check_that_finds_nothing_usable_shows_why_and_fails(home: SiteHome, site: Site, tmp_path: Path) -> None:
+    Pillow.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "001.png")
+    (tmp_path / "labels.csv").write_text("file,label\n1,a\n")
+    command = ["data", "connect", "prints", str(tmp_path), "--labels", str(tmp_path / "labels.csv")]
+    assert site(home, *command, "--one-image-per-patient")[0] == 0
+    code, out, err = site(home, "data", "check", "prints")
+    assert site(home, "data", "forget", "prints")[0] == 0
+    assert code == 1
+    assert "The source holds no usable image: prints" in err
+    assert "not in the label table" in out
+    assert "The table names “1” where the folder has “001.png”" in out
+    assert "Report, for this site only" in out
 
 
 @pytest.mark.usefixtures("node")
@@ -413,6 +431,27 @@ def test_a_check_without_a_study_says_that_each_study_splits(capsys: pytest.Capt
     assert "each study splits the patients by itself" in shown("", train=9)
     assert "splits" not in shown("", train=6, test=3), "the source brings its own sides"
     assert "splits" not in shown("chest", train=9)
+
+
+def test_many_classes_fit_a_narrow_terminal_and_one_patient_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["actinic keratosis", "basal cell carcinoma", "benign keratosis", "dermatofibroma", "melanoma", "naevus",
+             "vascular"]  # fmt: skip
+    sides = {"train": 60, "validation": 0, "test": 0}
+    split = {
+        side: {"images": images, "patients": images // 60, "classes": dict.fromkeys(names, images // 7)}
+        for side, images in sides.items()
+    }
+    told = json.dumps({"images": 60, "patients": 1, "split": split, "on_two_sides": 1})
+    _summarised(Console(width=80, highlight=False), "skin", told)
+    lines = capsys.readouterr().out.splitlines()
+    for name in names:
+        assert sum(re.fullmatch(rf"{name} +8 \(14 %\) +0 +0 *", line) is not None for line in lines) == 1
+    said = " ".join(" ".join(lines).split())
+    assert "60 images of 1 patient, 0 left out" in said
+    assert "all 60 images count as one patient's" in said
+    assert "1 pair of equal or nearly equal images stands on two sides" in said
+    _summarised(Console(width=80), "skin", json.dumps({"images": 1, "patients": 1}))
+    assert "Mind" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["chest", "Chest X-rays", "ab12"])

@@ -12,7 +12,7 @@ from pydicom.uid import generate_uid
 
 from client.imaging import Columns, Source
 from client.imaging.dicom_folder import DicomFolder
-from client.imaging.records import Reason, Wanted
+from client.imaging.records import Reason, Target, Wanted
 from privacy.errors import ConsiliumError
 
 CLASSES = ("normal", "opacity")
@@ -110,7 +110,7 @@ def test_links_never_lead_out_of_the_folder(tmp_path, dataset, save, table):
         "link.dcm": Reason.SYMLINK,
         "linked": Reason.SYMLINK,
         "dangling.dcm": Reason.NOT_REGULAR,
-        "../elsewhere/secret.dcm": Reason.NO_FILE,
+        "../elsewhere/secret.dcm": Reason.SYMLINK,
     }
 
 
@@ -164,7 +164,7 @@ def test_the_patient_comes_from_the_header_where_the_table_has_none(tmp_path, da
 def test_a_folder_that_names_no_patient_is_refused(tmp_path, dataset, save, table):
     save(dataset(PatientID=""), "images/a.dcm")
     table([("a.dcm", "normal")], header=("file", "label"))
-    with pytest.raises(ConsiliumError, match="one_image_per_patient") as caught:
+    with pytest.raises(ConsiliumError, match="--one-image-per-patient") as caught:
         _index(_folder(tmp_path, columns=Columns()))
     assert caught.value.what == "No image says who its patient is"
     records, _ = _index(_folder(tmp_path, columns=Columns(), one_image_per_patient=True))
@@ -175,8 +175,27 @@ def test_a_false_declaration_of_one_image_per_patient_is_noticed(tmp_path, datas
     for name in "ab":
         save(dataset(PatientID="P1"), f"images/{name}.dcm")
     table([("a.dcm", "normal"), ("b.dcm", "normal")], header=("file", "label"))
-    _, out = _index(_folder(tmp_path, columns=Columns(), one_image_per_patient=True))
+    folder = _folder(tmp_path, columns=Columns(), one_image_per_patient=True)
+    _, out = _index(folder)
     assert out == {"a.dcm": Reason.PATIENTS, "b.dcm": Reason.PATIENTS}
+    assert all("against --one-image-per-patient" in item.text for item in folder.index(WANTED).quarantine)
+
+
+def test_where_some_images_name_their_patient_the_source_is_not_said_to_name_none(tmp_path, dataset, save, table):
+    save(dataset(PatientID=""), "images/a.dcm")
+    save(dataset(PatientID="P2"), "images/b.dcm")
+    table([("a.dcm", "normal"), ("b.dcm", "maybe")], header=("file", "label"))
+    records, out = _index(_folder(tmp_path, columns=Columns()))
+    assert not records
+    assert out == {"a.dcm": Reason.NO_PATIENT, "b.dcm": Reason.UNKNOWN_LABEL}
+
+
+def test_a_segmentation_without_its_images_is_not_called_of_another_modality_alone(tmp_path, dataset, save):
+    save(dataset(Modality="SEG"), "images/liver.dcm")
+    folder = DicomFolder(Source(kind="dicom", path=tmp_path / "images"))
+    folder.survey(lambda: None)
+    (left,) = folder.index(Wanted(1, 2, ("background", "liver"), Target.MASK)).quarantine
+    assert (left.reason, left.detail) == (Reason.MODALITY, "SEG of images that are not here")
 
 
 def test_a_missing_column_names_those_there_are(tmp_path, dataset, save, table):

@@ -141,12 +141,12 @@ def test_a_transform_that_fails_on_one_image_leaves_it_out(hospital, key):
 def test_a_source_without_a_usable_image_says_why(hospital, key):
     for file in hospital.path.glob("*.dcm"):
         file.write_text("ruined")
-    with pytest.raises(ConsiliumError, match="19 × not-dicom"):
+    with pytest.raises(ConsiliumError, match="19 × not a DICOM file"):
         _load(hospital, key)
 
 
 def test_classes_the_table_does_not_know(hospital, key):
-    with pytest.raises(ConsiliumError, match="18 × unknown-label"):
+    with pytest.raises(ConsiliumError, match="18 × the label is none of the classes"):
         load(hospital, SPEC, ("cat", "dog"), SPLIT, key, None)
 
 

@@ -60,7 +60,7 @@ def test_a_split_that_tears_a_patient_apart_is_refused(tmp_path):
 
 
 def test_no_patients_no_declaration_no_cohort(tmp_path):
-    with pytest.raises(ConsiliumError, match="one_image_per_patient = true"):
+    with pytest.raises(ConsiliumError, match="--one-image-per-patient"):
         _list(Source(kind="npz", path=_official(tmp_path)))
 
 
@@ -101,6 +101,63 @@ def test_values_colour_and_channels(tmp_path):
     assert picture.dtype == np.float32
     assert picture[2].min() == 1
     assert picture[:2].max() == 0
+
+
+WINDOW = {"name": "window", "parameters": {"low": "-160", "high": "240"}}
+SCAN = np.linspace(-1000, 1000, 96).reshape(6, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["int16", "int64", "float32"])
+def test_a_window_gets_the_scanners_units_whatever_the_type(tmp_path, kind):
+    file = _save(tmp_path, images=SCAN.astype(kind), labels=np.arange(6) % 2)
+    source = Source(kind="npz", path=file, one_image_per_patient=True)
+    cohort = load(
+        source, {"channels": 1, "size": [4, 4], "transforms": [WINDOW]}, CLASSES, {}, b"k" * 32, None, processes=0
+    )
+    expected = np.clip((SCAN.astype(kind).astype(np.float32) + 160) / 400, 0, 1)
+    assert np.allclose(cohort.images[:, 0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [("uint8", 0, 240 / 255), ("uint16", 0, 240 / 65535), ("int16", 0, 1), ("int64", 0, 1), ("float32", 0, 240)],
+)
+def test_without_a_window_integers_are_brightness_and_reals_as_they_are(tmp_path, kind, least, most):
+    images = np.array([[[0, 120], [240, 60]]]).astype(kind)
+    source = Source(
+        kind="npz", path=_save(tmp_path, images=images, labels=np.zeros(1, int)), one_image_per_patient=True
+    )
+    reader = NpzFile(source)
+    image = reader.read(reader.index(WANTED).records[0], WANTED)[0].image
+    assert image[0].tolist() == pytest.approx(np.array([[0, most / 2], [most, most / 4]]))
+    assert image.min() == least
+
+
+def test_spacing_has_a_number_for_each_axis_of_the_stored_image(tmp_path):
+    rng = np.random.default_rng(0)
+    volumes = rng.integers(0, 255, (3, 4, 6, 8)).astype(np.uint8)
+    labels = np.array([0, 1, 0])
+    source = Source(kind="npz", path=_save(tmp_path, images=volumes, labels=labels, spacing=[3, 2, 1]))
+    source = source.model_copy(update={"one_image_per_patient": True})
+    flat = load(source, {"channels": 1, "size": [6, 8]}, CLASSES, {}, b"k" * 32, None)
+    assert flat.spacing.tolist() == [[2, 1]] * 12
+    _save(tmp_path, images=volumes, labels=labels, spacing=[2, 1])
+    with pytest.raises(ConsiliumError, match="Give 3 numbers"):
+        load(source, {"channels": 1, "size": [6, 8]}, CLASSES, {}, b"k" * 32, None)
+
+
+@pytest.mark.parametrize("patients", [[1.0, np.nan, 2, np.nan, 3, 3], ["a", "nan", "b", "NaN", "c", "c"]])
+def test_a_gap_among_the_patients_is_nobody(tmp_path, patients):
+    file = _save(tmp_path, images=GREY, labels=np.arange(6) % 2, patients=np.array(patients))
+    listing = _list(Source(kind="npz", path=file))
+    assert len({record.patient for record in listing.records}) == 3
+    assert [(q.path, q.reason) for q in listing.quarantine] == [(f"images[{at}]", Reason.NO_PATIENT) for at in (1, 3)]
+
+
+def test_a_part_without_an_image_is_no_error(tmp_path):
+    empty = {"val_images": GREY[:0], "val_labels": np.zeros((0, 1), np.uint8)}
+    file = _save(tmp_path, train_images=GREY, train_labels=np.arange(6)[:, None] % 2, **empty)
+    assert len(_list(Source(kind="npz", path=file, one_image_per_patient=True)).records) == 6
 
 
 def test_images_that_are_not_finite_are_left_out(tmp_path):

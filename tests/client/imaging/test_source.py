@@ -30,7 +30,7 @@ WRONG = {
         {"kind": "npz", "path": "a.npz", "one_image_per_patient": True, "columns": {"patient": "p"}},
         "exclude each other",
     ),
-    "NIfTI without a table or masks": ({"kind": "nifti", "path": "a"}, "labels is missing"),
+    "NIfTI without a table or masks": ({"kind": "nifti", "path": "a"}, "needs a label table"),
     "NIfTI whose patient nobody names": (
         {"kind": "nifti", "path": "a", "labels": "l.csv"},
         "nothing names the patient",
@@ -38,13 +38,18 @@ WRONG = {
     "masks without a word on patients": ({"kind": "images", "path": "a", "masks": "a/m"}, "nothing names the patient"),
     "a tag of files that have none": (
         {"kind": "images", "path": "a", "labels": "l.csv", "label_tag": "Modality", "one_image_per_patient": True},
-        "label_tag is for DICOM only",
+        "--label-tag is for DICOM only",
     ),
-    "a tag that is no keyword": ({"kind": "dicom", "path": "a", "label_tag": "0010,0010"}, "label_tag"),
+    "a tag in place of a keyword": (
+        {"kind": "dicom", "path": "a", "label_tag": "(0008,0060)"},
+        "“\\(0008,0060\\)” for --label-tag; near it are Modality",
+    ),
+    "a mistyped keyword": ({"kind": "dicom", "path": "a", "label_tag": "Modalty"}, "near it are Modality,"),
+    "a word that is near no keyword": ({"kind": "dicom", "path": "a", "label_tag": "x" * 90}, "such as BodyPart"),
     "a folder of masks beside DICOM": ({"kind": "dicom", "path": "a", "masks": "a/m"}, "masks is a folder"),
     "a patient column without a table": (
         {"kind": "dicom", "path": "a", "columns": {"patient": "p"}},
-        "give labels",
+        "give --labels",
     ),
     "blank headers and no patient": (
         {"kind": "dicom", "path": "a", "labels": "l.csv", "placeholder_headers": True},
@@ -55,7 +60,7 @@ WRONG = {
     "a declaration that is not a yes": ({"kind": "npz", "path": "a", "one_image_per_patient": "yes"}, "one_image"),
     "a split column for DICOM": (
         {"kind": "dicom", "path": "a", "labels": "l.csv", "columns": {"split": "s"}},
-        "columns.split",
+        "--split-column",
     ),
 }
 

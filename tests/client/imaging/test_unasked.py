@@ -62,3 +62,34 @@ def test_tags_and_numbers(tmp_path, dataset, save, table):
     assert plain.classes[:2] == ("0", "1")
     bare = _asked(Source(kind="dicom", path=tmp_path / "images"))
     assert bare.target == "mask"
+
+
+MANY = np.arange(6 * 5 * 8 * 8).reshape(6, 5, 8, 8).astype(np.uint8)
+FLAT, WHOLE = (6, 3, 64, 64), (6, 1, 16, 64, 64)
+STORED = {
+    "numbers": ({"images": MANY[:, 0], "labels": np.arange(6)}, "class", ("0", "1"), FLAT),
+    "reals": ({"images": MANY[:, 0], "labels": np.arange(6) / 1.0}, "class", ("0", "1"), FLAT),
+    "words": ({"images": MANY[:, 0], "labels": np.array([*"babaab"])}, "class", ("a", "b"), FLAT),
+    "several": ({"images": MANY[:, 0], "labels": np.eye(6)[:, :4]}, "labels", ("0", "1", "2", "3"), FLAT),
+    "words together": ({"images": MANY[:, 0], "labels": np.array(["a;b", *"babab"])}, "labels", ("a", "b"), FLAT),
+    "masks": ({"images": MANY[:, 0], "masks": MANY[:, 1] % 3}, "mask", ("0", "1"), FLAT),
+    "volumes": ({"images": MANY, "labels": np.arange(6), "spacing": np.ones(3)}, "class", ("0", "1"), WHOLE),
+    "their masks": ({"images": MANY, "masks": MANY % 3, "spacing": np.ones(3)}, "mask", ("0", "1"), WHOLE),
+    "colour": ({"images": MANY[..., :3], "labels": np.arange(6)}, "class", ("0", "1"), FLAT),
+    "colour volumes": ({"images": np.stack([MANY] * 3, -1), "labels": np.arange(6)}, "class", ("0", "1"),
+                       (6, 3, 16, 64, 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["", "train_"])
+@pytest.mark.parametrize("name", STORED)
+def test_npz_arrays_say_what_can_be_asked(tmp_path, key, name, part):
+    arrays, target, classes, shape = STORED[name]
+    named = {word if word == "spacing" else f"{part}{word}": array for word, array in arrays.items()}
+    np.savez(tmp_path / "s.npz", **named)
+    source = Source(kind="npz", path=tmp_path / "s.npz", one_image_per_patient=True)
+    asked = _asked(source)
+    assert (asked.target, asked.classes[: len(classes)]) == (target, classes)
+    cohort = load(source, asked.input, asked.classes, {}, key, None, target=asked.target)
+    assert cohort.images.shape == shape
+    assert not cohort.quarantine
