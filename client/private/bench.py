@@ -16,7 +16,8 @@ import numpy.typing as npt
 from client.feed import Augment
 from client.imaging import Cohort
 from client.optimiser import Optimiser
-from client.private.evaluation import patient_sum
+from client.private import fitness
+from client.private.evaluation import Passes, patient_sum
 from client.private.step import Constants, Step
 from client.training import Plan
 from models import bounds, weights
@@ -40,9 +41,13 @@ class PrivateBench:
     Args:
         network: on its device.
         augment: for training images.
+
+    Raises:
+        ConsiliumError: gradients of single patients cannot be taken of the network; nothing was charged yet.
     """
 
     def __init__(self, study: Study, cohort: Cohort, task: Task, network: nn.Module, augment: Augment | None) -> None:
+        fitness.demand(network)
         self._study, self._cohort, self._task, self._network = study, cohort, task, network
         self._augment, self._constants = augment, Constants.of(study)
         self.bounds = bounds.of(task)
@@ -55,7 +60,8 @@ class PrivateBench:
     def evaluated(self, parameters: Vector, patients: Patients, check: Check) -> tuple[Doubles, str]:
         """An evaluation's bounded sum over patients, float64 [size], and the plain figures, JSON for this site only."""
         weights.load_trainable(self._network, parameters)
-        bounded, plain = patient_sum(self._network, self._task, self._cohort, patients, self.bounds, check)
+        passes = Passes.of(self._study)
+        bounded, plain = patient_sum(self._network, self._task, self._cohort, patients, self.bounds, check, passes)
         try:
             figures = json.dumps(self._task.metrics(plain), sort_keys=True)
         except Exception:  # noqa: BLE001  what the images hold never stops a release (RULES N4)

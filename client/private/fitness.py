@@ -6,8 +6,11 @@ to exactly one layer, and that layer is one for which `client.private.layers` kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -45,6 +48,17 @@ class Fitness:
 
     unsupported: tuple[Finding, ...]
     changed: tuple[Finding, ...]
+
+    def changes(self) -> list[str]:
+        """What was changed, for a person: a sentence for each kind of change."""
+        kinds: dict[str, list[str]] = {}
+        for found in self.changed:
+            kinds.setdefault(found.what, []).append(found.module)
+        return [
+            f"The network is not quite the library's: module {names[0]!r} {what}"
+            + (f", and so are {len(names) - 1} more." if names[1:] else ".")
+            for what, names in kinds.items()
+        ]
 
 
 def check(network: nn.Module) -> Fitness:
@@ -90,6 +104,23 @@ def demand(network: nn.Module) -> None:
             named,
             f"{remedies[0].upper()}{remedies[1:]}.",
         )
+
+
+def approvable(spec: Mapping[str, Any]) -> list[str]:
+    """What a person who approves a study with noise should know of its network; it is not allocated.
+
+    Args:
+        spec: of the study.
+
+    Raises:
+        ConsiliumError: as `demand`.
+    """
+    from models import networks
+
+    with torch.device("meta"):
+        network = networks.build(spec)
+    demand(network)
+    return check(network).changes()
 
 
 def _objections(part: nn.Module) -> list[tuple[str, str]]:

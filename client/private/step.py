@@ -9,7 +9,6 @@ nowhere but to the airlock.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEVIATIONS = 3.0
-log = logging.getLogger("consilium.agent")
 Doubles = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
@@ -147,7 +145,6 @@ class Step:
                 parts = [self._read(chosen[at : at + 1]) for at in range(len(chosen))]
                 images, targets = (torch.cat(part) for part in zip(*parts, strict=True))
                 return images, targets
-            log.debug("an image could not be augmented")
             targets = torch.from_numpy(np.array(self._cohort.targets[chosen])).to(self._device)
             shape = (1, *self._cohort.images.shape[1:])
             return torch.full(shape, torch.nan, device=self._device), targets

@@ -1,11 +1,12 @@
-"""How fast is the ledger, and how small are its proofs?
+"""How fast is the ledger, how small are its proofs, and how fast does a hospital charge its patients' budgets?
 
-    make bench-ledger                            # 200,000 entries in the tree, 20,000 in the database
+    make bench-ledger                            # 200,000 entries in the tree, 20,000 in the database, 2,000 charges
     .venv/bin/python -m tests.bench.ledger --postgres  # on a PostgreSQL of its own too
 
 In memory: leaf hash and tree. In the database: entries already encoded and verified, in one transaction, and one by
 one, each on the disk (fsync) before the next. Encoding, signing and reading are given apart, as sites and the wire
-carry them. Times are medians of several runs but for the batches, which are run once.
+carry them. A hospital's own ledger charges slots one by one, each durable, with 2,000 of the same study behind them.
+Times are medians of several runs but for the batches, which are run once.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from client.agent.store import Store
+from privacy.accounting import Role
+from privacy.identity import Identity
 from privacy.ledger import Leaf
 from privacy.ledger_check import verify_file
 from privacy.merkle import Tree, consistent, included, leaf_hash, pack
 from privacy.report import Report
 from server.ledger import Ledger
 from tests.bench.table import Line, show
+from tests.privacy import grant_kit
 from tests.privacy.ledger_kit import (
     CONSORTIUM,
     COORDINATOR,
@@ -40,7 +45,7 @@ from tests.privacy.ledger_kit import (
 )
 from tests.server import postgres_kit
 
-TREE, BATCH, SINGLE, RUNS = 200_000, 20_000, 300, 200
+TREE, BATCH, SINGLE, RUNS, CHARGES, PATIENTS = 200_000, 20_000, 300, 200, 2_000, 1_000
 
 
 class Taken(NamedTuple):
@@ -72,6 +77,11 @@ def rate(what: str, each: Taken, least: float | None = None, **beside: float) ->
 def shared(whole: Taken, among: int) -> Taken:
     """One entry's part of what many took."""
     return Taken(whole.clock / among, whole.processor / among)
+
+
+def median(times: list[Taken]) -> Taken:
+    """The median of what several calls took."""
+    return Taken(statistics.median(t.clock for t in times), statistics.median(t.processor for t in times))
 
 
 def bare_fsync(folder: Path) -> float:
@@ -140,8 +150,7 @@ def store_lines(name: str, url: str, leaves: list[Leaf], folder: Path, least: tu
     with closing(url) as ledger:
         together = taken(lambda: ledger.append(batch))
         disk = bare_fsync(folder)
-        alone = [taken(lambda leaf=leaf: ledger.append([leaf])) for leaf in single]
-        each = Taken(statistics.median(t.clock for t in alone), statistics.median(t.processor for t in alone))
+        each = median([taken(lambda leaf=leaf: ledger.append([leaf])) for leaf in single])
         head = taken(lambda: ledger.checkpoint(COORDINATOR))
         size = ledger.size
         for site in NAMES:
@@ -165,6 +174,29 @@ def store_lines(name: str, url: str, leaves: list[Leaf], folder: Path, least: tu
     ]
 
 
+def charge_lines(folder: Path) -> list[Line]:
+    """A hospital's own ledger: slots charged with none and with many of the same study behind them."""
+    study = grant_kit.study(noise="20", rounds=CHARGES + SINGLE)
+    officer, store = Identity.generate(), Store(folder / "agent.db")
+    with contextlib.closing(store):
+        purse = store.purse(grant_kit.SITE)
+        purse.verify_whole(bytes(32))
+        purse.trust(officer.public)
+        purse.take(grant_kit.allowance(officer, epsilon="1000"))
+        purse.take(grant_kit.grant(officer, study, epsilon="1000", cap="1000"))
+        roles: tuple[Role, ...] = ("train", "train", "train", "validation", "test")
+        members = {f"{number:064x}": roles[number % len(roles)] for number in range(PATIENTS)}
+        purse.reserve(study, members)
+        slots = range(1, CHARGES + SINGLE + 1)
+        took = [taken(lambda slot=slot: purse.charge(study, slot, "train", slot, f"{slot:064x}")) for slot in slots]
+        disk = bare_fsync(folder)
+    first, last = median(took[:SINGLE]), median(took[-SINGLE:])
+    return [
+        rate("A hospital's ledger: charge, each durable", first, 200),
+        rate(f"A hospital's ledger: charge, {CHARGES:,} behind", last, 200, **{"bare fsync": 1e6 * disk}),
+    ]
+
+
 def main() -> None:
     """Measure and show."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,6 +212,7 @@ def main() -> None:
         if options.postgres:
             with postgres_kit.running(fsync=True) as socket:
                 lines += store_lines("PostgreSQL", postgres_kit.url(socket), leaves, folder, (2_000, 50))
+        lines += charge_lines(folder)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     show("ledger", "The ledger", lines, [f"Load of the machine: {load}"])
 

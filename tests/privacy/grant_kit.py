@@ -17,14 +17,14 @@ SITE = "st-anna"
 NOW = datetime.now(UTC)
 
 
-def study(name: str = "tiny", mode: str = "shared", noise: str = "2", steps: int = 1) -> Study:
-    """A study that every test site is in; with noise, 6 slots of training, 2 tries of each evaluation."""
+def study(name: str = "tiny", mode: str = "shared", noise: str = "2", steps: int = 1, rounds: int = 4) -> Study:
+    """A study that every test site is in; with noise, 2 more slots of training than rounds, 2 tries of evaluations."""
     noised = {"noise_multiplier": noise, "evaluation_noise": 8}
     made = study_kit.study(
         name,
         FIVE[:4],
         optimiser={"batch_size": 8},
-        rounds={"count": 4, "local_steps": steps, "reserve": 2},
+        rounds={"count": rounds, "local_steps": steps, "reserve": 2},
         aggregation={"weights": "examples" if mode == "none" else "equal", "minimum_sites": 3},
         secagg={"mode": "on"},
         privacy={"mode": mode, **({} if mode == "none" else noised)},

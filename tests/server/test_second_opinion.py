@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 
-from privacy.accounting import Event
+from privacy import claims
+from privacy.accounting import Event, events
 from privacy.claims import epsilon_pld, epsilon_rdp
 from privacy.errors import ConsiliumError
 from privacy.study import Study
-from server.second_opinion import ERROR, MOST_APART, check, prv
+from server.second_opinion import ERROR, MOST_APART, MOST_EPSILON, check, prv
 from tests import study_kit
 from tests.study_kit import FIVE
 
@@ -106,6 +108,30 @@ def test_b4_above_epsilon_twenty_training_is_not_compared_and_evaluations_still_
 
     check(study("0.3"), opinion)
     assert [(event.sampling_rate, event.count) for event in asked] == [(1, 2)]
+
+
+def test_b4_what_pld_puts_below_twenty_is_compared_though_rdp_is_above() -> None:
+    made = study("0.64")
+    event, delta = events(made, 1)["train"], made.privacy.delta
+    assert epsilon_pld(event, delta) < MOST_EPSILON < epsilon_rdp(event, delta)
+    check(made)
+    with pytest.raises(ConsiliumError, match="Two accountants disagree") as refused:
+        check(made, lambda event, delta: epsilon_pld(event, delta) * (0.9 if event.sampling_rate < 1 else 1))
+    assert "train patients: PLD says" in refused.value.subject
+
+
+@pytest.mark.parametrize("noise", ["2", "0.5"], ids=["below twenty", "above"])
+def test_b4_a_distribution_that_is_too_high_is_seen(monkeypatch: pytest.MonkeyPatch, noise: str) -> None:
+    """What is shown is PLD or RDP, whichever is lower; what is compared is PLD."""
+    made, real = study("10000"), claims.losses
+
+    def wrong(event: Event, scale: float) -> Any:
+        train = event.sampling_rate < 1
+        return real(Event(Fraction(noise), event.sampling_rate, event.count), scale) if train else real(event, scale)
+
+    monkeypatch.setattr(claims, "losses", wrong)
+    with pytest.raises(ConsiliumError, match="Two accountants disagree"):
+        check(made)
 
 
 def test_a_study_without_noise_has_nothing_to_check() -> None:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from privacy.grants import Allowance, Claims, Grant
 from privacy.identity import Identity
 from privacy.roster import expiry
 from tests.client.agent.bed import ROOT, SITE, Bed, make_bed
+from tests.client.agent.ring_kit import RingBed, make_ring
 from tests.study_kit import Sections
 
 NOISE: Sections = {
@@ -32,6 +34,14 @@ def private_bed(folder: Path, steps: int = 2, images: int = 40) -> Bed:
     return make_bed(folder, steps=steps, images=images, **NOISE)
 
 
+def shared_ring(folder: Path, prepare: Callable[[Bed], object] | None = None) -> RingBed:
+    """The same with shared noise, in a ring of four that is set up; `prepare` is `granted` or does more."""
+    privacy = {**NOISE["privacy"], "mode": "shared"}
+    ring = make_ring(folder, prepare or granted, {**NOISE, "privacy": privacy}, steps=1)
+    ring.set_up()
+    return ring
+
+
 def paper(officer: Identity, bed: Bed, serial: int = 1, **changes: Any) -> bytes:
     """A grant that covers the bed's study."""
     claims = Claims.of(bed.study)
@@ -42,12 +52,12 @@ def paper(officer: Identity, bed: Bed, serial: int = 1, **changes: Any) -> bytes
     return Grant(**{**values, **changes}).signed(officer).encode()
 
 
-def allow(bed: Bed, epsilon: str = "1000") -> Identity:
+def allow(bed: Bed, epsilon: str = "1000", settles: str = "") -> Identity:
     """Pin an officer who allows much, and grants the study."""
     assert bed.agent is not None
     officer = Identity.generate()
     bed.agent.purse.trust(officer.public)
-    lifetime = Allowance(site=SITE, serial=1, epsilon=epsilon, delta=bed.study.privacy.delta, order=4)
+    lifetime = Allowance(site=SITE, serial=1, epsilon=epsilon, delta=bed.study.privacy.delta, order=4, settles=settles)
     bed.agent.purse.take(lifetime.signed(officer).encode())
     bed.agent.purse.take(paper(officer, bed))
     return officer
@@ -80,7 +90,7 @@ def journal(bed: Bed) -> list[dict[str, Any]]:
 
 
 _SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 import client.agent.core, client.agent.keepsakes, client.agent.logbook, client.agent.purse, client.agent.store
 import privacy.airlock
@@ -101,13 +111,14 @@ def deadly(*arguments, **more):
 
 agent = Agent(SiteHome(home))
 setattr(owner, method, deadly)
-agent.submit(document, payload)
+answer = json.loads(agent.submit(document, payload).data)["body"]
+agent.fetch(*(answer[name] for name in ("study", "session", "slot", "request")), 0, answer["payload_bytes"])
 print("it lived")
 """
 
 
 def die_at(bed: Bed, where: str, document: bytes, payload: bytes) -> None:
-    """Send a request to an agent in a process of its own that is killed with signal 9 at a point.
+    """Send a request to an agent in a process of its own, and fetch its answer; it is killed with signal 9 at a point.
 
     Args:
         where: "before" or "after", module, class and method.

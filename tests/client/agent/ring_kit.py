@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from privacy.secagg.ring import Ring, accept_shares, place_of
 from privacy.secagg.states import Keyed, Ready, Shared
 from privacy.stages import FIRST, LAST, TRANSCRIPT, Enclosure
 from tests.client.agent.bed import SITE, Bed, make_bed
+from tests.study_kit import Sections, merged
 
 PEERS = ("st-bona", "st-cleo", "st-dora")
 ALL = (SITE, *PEERS)
@@ -180,18 +181,24 @@ class RingBed:
         self.bed.start()
 
 
-def make_ring(folder: Path, **options: Any) -> RingBed:
-    """A started agent that approves a study with secure sums and has its first session open."""
-    peers = {name: Peer(name) for name in PEERS}
+def ready(bed: Bed) -> None:
+    """All the way to an open session."""
+    bed.start()
+    bed.ready()
 
+
+def make_ring(
+    folder: Path, prepare: Callable[[Bed], object] = ready, sections: Sections | None = None, **options: Any
+) -> RingBed:
+    """A started agent that approves a study with secure sums and has its first session open, as `prepare` does it."""
+    peers = {name: Peer(name) for name in PEERS}
     bed = make_bed(
         folder,
         others={name: peer.identity for name, peer in peers.items()},
-        aggregation={"minimum_sites": 3},
-        secagg={"mode": "on"},
+        **merged({"aggregation": {"minimum_sites": 3}, "secagg": {"mode": "on"}}, sections or {}),
         **options,
     )
-    agent = bed.start()
-    bed.ready()
-    sizes = agent.desk.sizes(bed.study)
+    prepare(bed)
+    assert bed.agent is not None
+    sizes = bed.agent.desk.sizes(bed.study)
     return RingBed(bed, peers, Plan.of(bed.study, sizes.trainable, sizes.statistics))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -94,3 +97,32 @@ class Every(nn.Module):
         x = self.slopes(self.mirror(self.instance(x + self.depth(x))))
         x = self.twice(torch.tanh(self.twice(self.up(x))))
         return self.head(self.rows(x.mean((2, 3))))
+
+
+@contextmanager
+def watched(network: nn.Module) -> Iterator[tuple[list[tuple[int, ...]], list[str]]]:
+    """The shapes of what goes through a network, and every line that we log meanwhile, of any level."""
+    passes: list[tuple[int, ...]] = []
+    lines: list[str] = []
+
+    class Listen(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.partition(".")[0] in {"consilium", "root"}:
+                lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+    def note(_: nn.Module, received: tuple[Tensor, ...]) -> None:
+        passes.append(tuple(received[0].shape))
+
+    loggers, listen = [logging.getLogger(name) for name in ("", "consilium", "consilium.agent")], Listen()
+    levels = [logger.level for logger in loggers]
+    hook = network.register_forward_pre_hook(note)
+    loggers[0].addHandler(listen)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+    try:
+        yield passes, lines
+    finally:
+        hook.remove()
+        loggers[0].removeHandler(listen)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -6,7 +6,6 @@ fall differently). The sabotaged steps at the end are the usual mistakes; each m
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from client.imaging import Cohort, Membership
 from client.private import gradients, sample
 from client.private.bench import PrivateBench
-from client.private.evaluation import patient_sum
+from client.private.evaluation import Passes, patient_sum
 from client.private.sample import batches, poisson, some
 from client.private.step import Constants, Step
 from models import bounds, networks, tasks, weights
@@ -29,6 +28,7 @@ from models.tasks import Task
 from privacy.mechanisms import Mechanism
 from privacy.noise import Source
 from tests import study_kit
+from tests.client.private.private_kit import watched
 
 torch.set_num_threads(1)
 CLIP = 0.5
@@ -52,26 +52,29 @@ def network(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 @dataclass
 class Patient:
-    """Images of one patient; `spoil` is what one pixel of the first is."""
+    """Images of one patient; `spoil` is what one pixel of the first is, `seed` (or else the place) what all are of."""
 
     images: int
     bright: float = 0.0
     spoil: float | None = None
+    seed: int | None = None
 
 
 def cohort(patients: list[Patient]) -> Cohort:
-    """Patient i is called p<i>; what a patient's images hold depends on his own place alone."""
-    pixels, names = [], []
+    """Patient i is called p<i>; what a patient's images hold, and their class, depends on nobody else."""
+    pixels, names, targets = [], [], []
     for number, patient in enumerate(patients):
-        own = np.random.default_rng(number).normal(size=(patient.images, 1, 8, 8)).astype(np.float32) + patient.bright
+        seed = number if patient.seed is None else patient.seed
+        own = np.random.default_rng(seed).normal(size=(patient.images, 1, 8, 8)).astype(np.float32) + patient.bright
         if patient.spoil is not None:
             own[0, 0, 2, 2] = patient.spoil
         pixels.append(own)
         names += [f"p{number}"] * patient.images
+        targets += [seed % 2] * patient.images
     images = np.concatenate(pixels) if pixels else np.zeros((0, 1, 8, 8), np.float32)
     count = len(images)
     return Cohort(
-        images=images, targets=np.array([int(name[1:]) % 2 for name in names], np.int64), patients=tuple(names),
+        images=images, targets=np.array(targets, np.int64), patients=tuple(names),
         membership=(Membership.TRAIN,) * count, classes=("normal", "finding"), quarantine=(), scanners=Counter(),
         patient_rule="a test's",
     )  # fmt: skip
@@ -79,32 +82,27 @@ def cohort(patients: list[Patient]) -> Cohort:
 
 @dataclass
 class Seen:
-    """What one step came to, and everything about it that somebody might notice."""
+    """What one step came to, and everything about it that somebody might notice.
+
+    `noticed`: the shape of the sum, how often the step asked whether to stop, the shapes of what went through the
+    network, and every line of our log.
+    """
 
     sums: np.ndarray
-    shape: tuple[int, ...]
-    batches: int
-    logged: list[str]
+    noticed: tuple[object, ...]
 
 
-def step(network: torch.nn.Module, patients: list[Patient], constants: Constants = CONSTANTS) -> Seen:
-    found, counted, records = cohort(patients), [0], list[str]()
-
-    class Listen(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record.getMessage())
-
-    def check() -> None:
-        counted[0] += 1
-
-    handler = Listen()
-    logging.getLogger().addHandler(handler)
-    try:
-        made = Step(network, TASK, found, list(found.groups(Membership.TRAIN).values()), constants)
-        sums = made.sum(check)
-    finally:
-        logging.getLogger().removeHandler(handler)
-    return Seen(sums, sums.shape, counted[0], records)
+def step(
+    network: torch.nn.Module,
+    patients: list[Patient],
+    constants: Constants = CONSTANTS,
+    augment: Callable[..., np.ndarray] | None = None,
+) -> Seen:
+    found, asked = cohort(patients), list[bool]()
+    with watched(network) as (passes, lines):
+        made = Step(network, TASK, found, list(found.groups(Membership.TRAIN).values()), constants, augment)
+        sums = made.sum(lambda: asked.append(True))
+    return Seen(sums, (sums.shape, len(asked), passes, lines))
 
 
 def difference(
@@ -124,7 +122,7 @@ def test_N2_a_patient_who_comes_changes_the_sum_by_at_most_C_and_nothing_else(
 ) -> None:
     change, before, after = difference(network, OTHERS, [*OTHERS, comer])
     assert change <= CLIP
-    assert (before.shape, before.batches, before.logged) == (after.shape, after.batches, after.logged)
+    assert before.noticed == after.noticed
     assert np.isfinite(after.sums).all()
 
 
@@ -132,13 +130,17 @@ def test_N2_a_patient_who_comes_alone_is_one_with_the_empty_cohort_for_neighbour
     change, before, after = difference(network, [], [Patient(4, 1.0)])
     assert not before.sums.any()
     assert 0 < change <= CLIP
-    assert (before.shape, before.batches, before.logged) == (after.shape, after.batches, after.logged)
+    assert before.noticed == after.noticed
 
 
 def test_N2_the_same_images_under_another_name_are_one_patient_more(network: torch.nn.Module) -> None:
-    twin = replace(OTHERS[1])
-    change, *_ = difference(network, OTHERS, [*OTHERS, twin])
-    assert 0 < change <= CLIP
+    pair = [OTHERS[0], replace(OTHERS[1], seed=7), *OTHERS[2:], replace(OTHERS[1], seed=7)]
+    groups = cohort(pair).groups(Membership.TRAIN)
+    for held in (cohort(pair).images, cohort(pair).targets):
+        np.testing.assert_array_equal(held[groups["p1"]], held[groups["p4"]])
+    once, twice, alone = (step(network, patients).sums for patients in (pair[:-1], pair, pair[1:2]))
+    assert 0 < np.linalg.norm(twice - once) <= CLIP
+    np.testing.assert_allclose(twice - once, alone, atol=1e-6)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,33 +151,38 @@ def test_N2_the_same_images_under_another_name_are_one_patient_more(network: tor
 def test_N2_whoever_is_there_whoever_comes(network: torch.nn.Module, others: list[Patient], comer: Patient) -> None:
     change, before, after = difference(network, others, [*others, comer])
     assert change <= CLIP
-    assert (before.batches, before.logged) == (after.batches, after.logged)
+    assert before.noticed == after.noticed
 
 
 @pytest.mark.parametrize("comer", COMERS[:5], ids=["one image", "four", "sixteen", "NaN", "inf"])
 def test_N6_a_patient_changes_an_evaluation_by_at_most_its_reach(network: torch.nn.Module, comer: Patient) -> None:
-    def evaluated(patients: list[Patient]) -> np.ndarray:
-        found = cohort(patients)
+    def evaluated(network: torch.nn.Module, patients: list[Patient]) -> Seen:
+        found, asked = cohort(patients), list[bool]()
         groups = list(found.groups(Membership.TRAIN).values())
-        return patient_sum(network, TASK, found, groups, BOUNDS)[0]
+        with watched(network) as (passes, lines):
+            sums, _ = patient_sum(network, TASK, found, groups, BOUNDS, lambda: asked.append(True), Passes(4, least=8))
+        return Seen(sums, (sums.shape, len(asked), passes, lines))
 
-    change = evaluated([*OTHERS, comer]) - evaluated(OTHERS)
-    assert np.linalg.norm(change) <= BOUNDS.reach * (1 + 1e-12)
-    assert np.isfinite(change).all()
+    change, before, after = difference(network, OTHERS, [*OTHERS, comer], evaluated)
+    assert change <= BOUNDS.reach * (1 + 1e-12)
+    assert before.noticed == after.noticed
+    assert np.isfinite(after.sums).all()
 
 
-def test_N4_an_image_that_cannot_be_augmented_counts_its_patient_as_absent(network: torch.nn.Module) -> None:
-    found = cohort([*OTHERS, Patient(2)])
-    bad = found.images[-1]
+def test_N4_an_image_that_cannot_be_augmented_counts_its_patient_as_absent_and_nobody_is_told(
+    network: torch.nn.Module,
+) -> None:
+    odd = Patient(2)
+    bad = cohort([*OTHERS, odd]).images[-1]
 
     def augment(image: np.ndarray, seed: int) -> np.ndarray:
         if np.array_equal(image, bad):
             raise RuntimeError("an odd image")
         return image
 
-    groups = list(found.groups(Membership.TRAIN).values())
-    whole = Step(network, TASK, found, groups, CONSTANTS, augment).sum()
-    np.testing.assert_allclose(whole, step(network, OTHERS).sums, atol=1e-6)
+    without, with_him = (step(network, patients, augment=augment) for patients in (OTHERS, [*OTHERS, odd]))
+    np.testing.assert_allclose(with_him.sums, without.sums, atol=1e-6)
+    assert with_him.noticed == without.noticed
 
 
 def test_N1_nothing_random_of_the_network_takes_part_in_a_private_step() -> None:
@@ -262,7 +269,7 @@ def test_sabotage_clipping_each_image_is_caught(network: torch.nn.Module) -> Non
     def records(network: torch.nn.Module, patients: list[Patient]) -> Seen:
         found = cohort(patients)
         each = [np.array([place]) for place in range(len(found))]
-        return Seen(Step(network, TASK, found, each, CONSTANTS).sum(), (), 0, [])
+        return Seen(Step(network, TASK, found, each, CONSTANTS).sum(), ())
 
     change, *_ = difference(network, OTHERS, [*OTHERS, Patient(16, 3.0)], records)
     assert change > CLIP
