@@ -62,6 +62,7 @@ class Facts:
         hashes: {"study": hex, "model.safetensors": hex, ...}.
         versions: {"torch": "2.13.0", ...}.
         promise: what a study with noise promises each patient, a sentence each.
+        one_image_per_patient: those of the sites whose operators declared that one image is one patient.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Facts:
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     promise: Sequence[str] = ()
+    one_image_per_patient: Sequence[str] = ()
     contact: str = ""
 
 
@@ -114,7 +116,7 @@ def write(facts: Facts) -> str:
         "## Data",
         f"Images of {len(facts.sites)} hospitals ({_line(', '.join(facts.sites))}). No image, no list of patients and "
         "no figure of a single hospital stands here; the weights and the results above are all that was derived from "
-        "patients.",
+        "patients." + _declared(facts),
         "## Privacy",
         *_privacy(facts.spec, facts.promise),
         "## Limits",
@@ -185,6 +187,19 @@ def _training(facts: Facts) -> list[str]:
         rank = f", rank {transfer['rank']}" if transfer["train"] == "lora" else ""
         rows.append(("trained part", f"{transfer['train']}{rank}; the rest is as the initial weights have it"))
     return ["## How it was trained", _table(("", ""), rows)]
+
+
+def _declared(facts: Facts) -> str:
+    """Where images name no patient, on the word of whom each counts as one."""
+    names = facts.one_image_per_patient
+    if not names:
+        return ""
+    whom = "the operator of that hospital" if len(names) == 1 else "the operators of these hospitals"
+    promised = " and is promised less than stands below" if _noised(facts.spec) else ""
+    return (
+        f"\n\n**One image is one patient at {_line(', '.join(names))}**, as {whom} declared. A patient who has several "
+        f"images there all the same counts as several, may stand in training and in test{promised}."
+    )
 
 
 def _noised(spec: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from models.statistics import title
@@ -197,35 +199,49 @@ def dice(curves: Mapping[str, Any], path: Path) -> None:
         _save(figure, path)
 
 
-def overlay(image: Any, truth: Any, found: Any, classes: Sequence[str], path: Path) -> None:
-    """An image with the outlines of what is there (solid) and of what a model found (dashed), side by side with it.
+@dataclass(frozen=True)
+class Sample:
+    """One image that anybody may see, and a model's answer.
+
+    Attributes:
+        name: of its file.
+        image: float32 [channels, height, width] or [channels, depth, height, width]; three channels are colours, of
+            another number the first is shown.
+        marked: uint8 [height, width] or [depth, height, width], the class of each pixel; None where none was asked.
+        says: the answer in words, where it is about the whole image.
+    """
+
+    name: str
+    image: Any
+    marked: Any = None
+    says: str = ""
+
+
+def overlay(samples: Sequence[Sample], classes: Sequence[str], path: Path) -> None:
+    """Images with the outlines, or the words, of what a model finds in them; of volumes the middle slice.
 
     For public sample images, which whoever calls has chosen: a picture of a patient stays in the hospital.
 
     Args:
-        image: [height, width], or [depth, height, width], of which the slice with the most of the truth is shown.
-        truth, found: label maps of the same size.
-        classes: their names, the background first.
+        samples: at least one.
+        classes: their names, the background first where pixels are marked.
         path: the PNG file to write.
     """
-    picture, there, marked = np.asarray(image), np.asarray(truth), np.asarray(found)
-    if picture.ndim == 3:
-        chosen = int((there > 0).sum(axis=(1, 2)).argmax())
-        picture, there, marked = picture[chosen], there[chosen], marked[chosen]
+    columns = min(4, len(samples))
+    rows = math.ceil(len(samples) / columns)
+    named = [COLOURS[number % len(COLOURS)] for number in range(len(classes) - 1)]
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(8.0, 4.4), layout="constrained")
-        plain, drawn = figure.subplots(1, 2)
-        for axes in (plain, drawn):
-            axes.imshow(picture, cmap="gray", interpolation="nearest")
+        figure = Figure(figsize=(max(4.2, 2.7 * columns), 3.1 * rows + 0.7), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in places:
             axes.set_axis_off()
-        for number, name in enumerate(classes[1:], start=1):
-            colour = COLOURS[number % len(COLOURS)]
-            for labels, style in ((there, "solid"), (marked, "dashed")):
-                if (labels == number).any() and not (labels == number).all():
-                    drawn.contour(labels == number, levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.8)
-            drawn.plot([], [], color=colour, linewidth=1.8, label=name)
-        drawn.set_title("solid: truth, dashed: model", fontsize=10)
-        drawn.legend(loc="lower right", labelcolor="white", fontsize=8)
+        for axes, sample in zip(places, samples, strict=False):
+            _answered(axes, sample, named)
+        if any(sample.marked is not None for sample in samples):
+            lines = [Line2D([], [], color=colour, linewidth=2.2) for colour in named]
+            figure.legend(lines, [_plain(name) for name in classes[1:]], loc="outside lower center", ncols=columns)
+        said = "Sample images that may be shown to anybody.\nWhat the model says of them is not checked."
+        figure.suptitle(said, fontsize=9)
         _save(figure, path)
 
 
@@ -266,6 +282,33 @@ def comparison(
         elif models:
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         _save(figure, path)
+
+
+def _answered(axes: Axes, sample: Sample, colours: Sequence[str]) -> None:
+    """One image with its answer."""
+    image, heading = np.asarray(sample.image, dtype=np.float64), _plain(sample.name)
+    marked = None if sample.marked is None else np.asarray(sample.marked)
+    if image.ndim == 4:
+        middle = image.shape[1] // 2
+        heading += f"\nslice {middle + 1} of {image.shape[1]}"
+        image, marked = image[:, middle], None if marked is None else marked[middle]
+    if sample.says:
+        heading += f"\n{_plain(sample.says)}"
+    low, high = image.min(), image.max()
+    picture = (image - low) / (high - low or 1.0)
+    picture = np.moveaxis(picture, 0, -1) if len(picture) == 3 else picture[0]
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(heading, fontsize=8.5, fontweight="normal")
+    for number, colour in enumerate(colours, start=1):
+        if marked is not None and (marked == number).any():
+            padded = np.pad((marked == number).astype(float), 1)  # so that what reaches the edge is closed there
+            sides = [np.arange(-1, side + 1) for side in marked.shape]
+            axes.contour(sides[1], sides[0], padded, levels=[0.5], colors=[colour], linewidths=1.8)
+
+
+def _plain(words: str) -> str:
+    """Somebody's words, cut where they are long, without a sign that matplotlib takes for mathematics."""
+    return (words if len(words) <= 34 else f"{words[:33]}…").replace("$", r"\$")
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

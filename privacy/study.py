@@ -181,9 +181,30 @@ class Study(Section):
         return spec
 
 
-def approval(study: str, site: str, data: str) -> Document:
-    """A site's yes to one study's hash, naming the data source it will use."""
-    return Document(APPROVAL, {"study": study, "site": site, "data": data})
+def approval(study: str, site: str, data: str, *, one_image_per_patient: bool = False) -> Document:
+    """A site's yes to one study's hash.
+
+    Args:
+        study: the hash.
+        site: who says yes.
+        data: the data source it will use.
+        one_image_per_patient: what the operator declared of that source; it becomes public with the model's card.
+    """
+    body = {"study": study, "site": site, "data": data, "one_image_per_patient": one_image_per_patient}
+    return Document(APPROVAL, body)
+
+
+def read_approval(document: Document) -> dict[str, Any]:
+    """The body of an approval, whose signature the caller checks.
+
+    Raises:
+        Refusal: MALFORMED when it is not what `approval` writes.
+    """
+    body = document.body
+    kinds = {"study": str, "site": str, "data": str, "one_image_per_patient": bool}
+    if document.kind != APPROVAL or {name: type(value) for name, value in body.items()} != kinds:
+        raise Refusal(RefusalCode.MALFORMED, APPROVAL)
+    return body
 
 
 def read_signed(document: Document, coordinator: str) -> Study:

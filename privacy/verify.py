@@ -20,7 +20,7 @@ from privacy.identity import DOCUMENT_LIMIT, Document, fingerprint
 from privacy.ledger_check import verify_file
 from privacy.report import Report
 from privacy.roster import Consortium, Enrolment, Roster
-from privacy.study import APPROVAL, KIND, Study
+from privacy.study import APPROVAL, KIND, Study, read_approval
 
 KINDS = ("consortium", "roster", "enrolment", KIND, APPROVAL)
 
@@ -200,9 +200,11 @@ def _study(path: Path, document: Document, known: Known) -> Report:
 
 
 def _approval(path: Path, document: Document, known: Known) -> Report:
-    body = document.body
-    named = {"study", "site", "data"} <= set(body) and all(isinstance(body[k], str) for k in ("study", "site", "data"))
-    if not named or not document.signatures:
+    try:
+        body = read_approval(document)
+    except Refusal:
+        body = {}
+    if not body or not document.signatures:
         raise ConsiliumError(
             "The approval is not complete", str(path), "Ask the site for it again: `consilium-site study approve`."
         )
@@ -216,6 +218,8 @@ def _approval(path: Path, document: Document, known: Known) -> Report:
         document.verify(key)
         report.facts.append(f"the signature is whole; its key is {fingerprint(key)}")
         report.doubts.append(f"whether that is {body['site']}'s key: add the roster")
+    if body["one_image_per_patient"]:
+        report.facts.append("its operator declared that one image is one patient, which the model's card repeats")
     study = known.studies.get(body["study"])
     if study is None:
         report.facts.append(f"it approves the study with hash {body['study']}")

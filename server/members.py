@@ -9,7 +9,7 @@ from __future__ import annotations
 from privacy.canonical import sha256
 from privacy.errors import Refusal, RefusalCode
 from privacy.identity import Document
-from privacy.study import APPROVAL
+from privacy.study import APPROVAL, read_approval
 from server.desk import Call, Desk, Said
 from server.registry import Registry
 
@@ -143,11 +143,12 @@ class Members:
             try:
                 approval = Document.decode(bytes.fromhex(said.answer.detail.get("approval", "")), APPROVAL)
                 approval.verify(self._desk.roster.site(said.site).identity)
+                body = read_approval(approval)
             except ValueError:
                 return RefusalCode.MALFORMED.value
             except Refusal as refusal:
                 return refusal.code.value
-            if (approval.body.get("study"), approval.body.get("site")) != (self._desk.record.hash, said.site):
+            if (body["study"], body["site"]) != (self._desk.record.hash, said.site):
                 return RefusalCode.BAD_SIGNATURE.value
             document = approval.encode()
         self._decide(said.site, state, document)

@@ -16,7 +16,7 @@ import json
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,11 +29,13 @@ from models.weights import Layout
 from privacy.errors import ConsiliumError
 from privacy.files import replacing, write_atomically
 from privacy.grants import Claims
-from privacy.study import Study
+from privacy.identity import Document
+from privacy.study import APPROVAL, Study
 from server.blobs import PIECE, Blobs
 from server.home import CoordinatorHome
 from server.records import Evaluation, StudyRecord
 from server.registry import Registry
+from server.samples import overlays
 
 MODEL, CARD, METRICS, STUDY, DELIVERY = (
     "model.safetensors",
@@ -42,6 +44,7 @@ MODEL, CARD, METRICS, STUDY, DELIVERY = (
     "study.json",
     "delivery.zip",
 )
+OVERLAYS = "overlays.png"
 DELIVERED = (MODEL, CARD, METRICS, STUDY)
 VERSIONS = ("consilium", "flwr", "torch", "monai", "numpy")
 _OWN_NORMS = {
@@ -72,7 +75,7 @@ def publisher(home: CoordinatorHome, registry: Registry) -> Publisher:
         write_atomically(folder / STUDY, record.document.encode() + b"\n", 0o644)
         _approvals(registry, record, folder / "approvals")
         _pictures(record, figures["rounds"], test, folder)
-        facts = _facts(record, round_, history, test, model, _digest(model))
+        facts = _facts(record, round_, history, test, model, _digest(model), _declared(registry, record))
         write_atomically(folder / CARD, card.write(facts).encode(), 0o644)
         bundle.write(folder / "bundle", record.study.spec(), model, facts)
         return _pack(folder)
@@ -113,11 +116,15 @@ def assemble(initial: Path, weights: Path, out: Path) -> None:
                     _pour(vector, file, stop - start)
 
 
-def export(home: CoordinatorHome, registry: Registry, record: StudyRecord, out: Path) -> list[Path]:
+def export(
+    home: CoordinatorHome, registry: Registry, record: StudyRecord, out: Path, samples: Path | None = None
+) -> list[Path]:
     """Copy a published study's files to the new or empty folder `out`, and say which.
 
+    With a folder of images that anybody may see, `samples`, there is overlays.png besides: what the model says of them.
+
     Raises:
-        ConsiliumError: nothing is published yet, or the folder holds something.
+        ConsiliumError: nothing is published yet, the folder holds something, or a sample cannot be shown to the model.
         OSError: the disk is full or not writable; nothing remains in `out`.
     """
     package = next((m.package for m in registry.models() if m.study == record.hash), None)
@@ -136,6 +143,8 @@ def export(home: CoordinatorHome, registry: Registry, record: StudyRecord, out: 
             _copy(folder, out)
         else:
             _unpack(registry.blobs, package, out)
+        if samples is not None:
+            overlays(samples, record.study, out / MODEL, out / OVERLAYS)
     except BaseException:
         for path in out.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -243,8 +252,20 @@ def _sums(task: tasks.Task, evaluation: Evaluation | None) -> npt.NDArray[np.flo
     return sums
 
 
+def _declared(registry: Registry, record: StudyRecord) -> list[str]:
+    """The sites whose approval says that one image is one patient."""
+    said = {a.site: Document.decode(a.document, APPROVAL).body for a in registry.approvals(record.hash) if a.document}
+    return [site for site, body in said.items() if body.get("one_image_per_patient") is True]
+
+
 def _facts(
-    record: StudyRecord, round_: int, history: list[Evaluation], test: Evaluation | None, model: Path, digest: str
+    record: StudyRecord,
+    round_: int,
+    history: list[Evaluation],
+    test: Evaluation | None,
+    model: Path,
+    digest: str,
+    declared: Sequence[str],
 ) -> card.Facts:
     study, spec, noised = record.study, record.study.spec(), record.study.privacy.mode != "none"
     task = tasks.get(spec)
@@ -271,6 +292,7 @@ def _facts(
         missing={part: task.missing(found) for part, found in sums.items()},
         intervals={} if noised else {part: task.intervals(found) for part, found in sums.items()},
         promise=_promise(study) if noised else (),
+        one_image_per_patient=declared,
         parameters=Layout.of_state(model).count,
         hashes={"study": record.hash, "initial weights": study.initial.sha256, MODEL: digest},
         versions={name: metadata.version(name) for name in VERSIONS},

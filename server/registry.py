@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from privacy.errors import ConsiliumError, Refusal
 from privacy.identity import Document
 from privacy.ledger import Abort, Leaf
-from privacy.study import Study, read_signed
+from privacy.study import Study, read_approval, read_signed
 from server import tables as t
 from server.blobs import Blobs
 from server.course import Course
@@ -329,13 +329,13 @@ class Registry(Rosters):
         """Take a site's signed approval that came as a file.
 
         Raises:
-            ConsiliumError: it is for no study here, of no site of it, or not signed by that site.
+            ConsiliumError: it is for no study here, of no site of it, not whole, or not signed by that site.
         """
-        body = document.body
-        record = self.study(str(body.get("study", "")))
-        site = str(body.get("site", ""))
+        record = self.study(str(document.body.get("study", "")))
+        site = str(document.body.get("site", ""))
         try:
             document.verify(self.roster()[1].site(site).identity)
+            read_approval(document)
         except Refusal as error:
             raise ConsiliumError(error.what, f"approval of {site or 'nobody'}", error.remedy) from error
         if site not in record.study.sites:

@@ -73,17 +73,25 @@ def export(
     context: typer.Context,
     name: Name,
     target: Annotated[Path, typer.Option("--out", help="A new folder.")],
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="A folder with up to 24 PNG, JPEG or NIfTI images that you may show to anybody."),
+    ] = None,
 ) -> None:
     """Copy a published model, its card, its curves and the signed study into a folder.
 
-    The coordinator runs it to hand the model on. Hospitals of the study receive theirs by themselves.
+    The coordinator runs it to hand the model on. Hospitals of the study receive theirs by themselves. With --samples
+    the model is run on your own images, and overlays.png shows its outlines or classes on them. Take images of a public
+    set: the picture goes wherever the model goes, and no hospital's image belongs on it.
 
     Example: `consilium-coordinator models export chest --out chest-model`
+
+    Example: `consilium-coordinator models export cells --out cells-model --samples public-cells`
     """
     from server.outputs import export as copy
 
     with open_registry(context) as registry:
-        files = copy(home_of(context), registry, registry.study(name), target)
+        files = copy(home_of(context), registry, registry.study(name), target, samples)
     console = out()
     for file in files:
         console.print(escape(str(file)))

@@ -47,6 +47,15 @@ def test_the_card_holds_what_a_reader_needs(facts: card.Facts) -> None:
     assert text == card.write(facts)
 
 
+def test_a_card_says_where_each_image_counts_as_a_patient(facts: card.Facts) -> None:
+    assert "one patient" not in card.write(facts).lower()
+    text = card.write(dataclasses.replace(facts, one_image_per_patient=("north", "south")))
+    assert "**One image is one patient at north, south**, as the operators of these hospitals declared." in text
+    assert "promised less" not in text
+    noised = dataclasses.replace(facts, spec={**facts.spec, "privacy": {"mode": "shared"}})
+    assert "promised less" in card.write(dataclasses.replace(noised, one_image_per_patient=("north",)))
+
+
 def test_a_study_without_mechanisms_says_so_plainly(facts: card.Facts) -> None:
     text = card.write(facts)
     assert "There is no differential privacy in this study." in text
@@ -187,13 +196,27 @@ def test_a_box_is_read_off_its_histogram() -> None:
 
 
 @pytest.mark.parametrize("size", [(24, 32), (6, 24, 32)])
-def test_an_overlay_shows_both_outlines(size: tuple[int, ...], tmp_path: Path) -> None:
-    truth, found = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
-    truth[..., 4:12, 4:12], found[..., 6:14, 4:12] = 1, 1
-    plots.overlay(np.zeros(size), truth, found, ["background", "tumour"], tmp_path / "both.png")
-    plots.overlay(np.zeros(size), truth, truth * 0, ["background", "tumour"], tmp_path / "one.png")
-    both, single = (_pixels(_opened(tmp_path / name), plots.VERMILION) for name in ("both.png", "one.png"))
-    assert both > 1.3 * single > 300
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_an_overlay_shows_each_structure_that_was_found(size: tuple[int, ...], channels: int, tmp_path: Path) -> None:
+    found = np.zeros(size, np.uint8)
+    found[..., 4:12, 4:12] = 1
+    found[..., 16:, 20:] = 2  # reaches the edge
+    classes = ["background", "nucleus", "cost in $"]
+    marked = plots.Sample("a.png", np.ones((channels, *size)), marked=found)
+    nothing = plots.Sample("$b$.png", np.ones((channels, *size)), marked=found * 0)
+    for name, samples in (("both.png", [marked, nothing]), ("none.png", [nothing])):
+        plots.overlay(samples, classes, tmp_path / name)
+    both, none = _opened(tmp_path / "both.png"), _opened(tmp_path / "none.png")
+    for colour in (plots.BLUE, plots.VERMILION):
+        assert _pixels(both, colour) > _pixels(none, colour) + 100
+
+
+def test_an_overlay_of_whole_images_says_its_words(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).random((1, 24, 24))
+    for says in ("pneumonia 0.93", ""):
+        samples = [plots.Sample(f"{number}.png", image, says=says) for number in range(5)]
+        plots.overlay(samples, ["normal", "pneumonia"], tmp_path / f"{len(says)}.png")
+    assert _pixels(_opened(tmp_path / "14.png"), plots.INK) != _pixels(_opened(tmp_path / "0.png"), plots.INK)
 
 
 def test_each_task_has_its_pictures(spec_with: Any) -> None:

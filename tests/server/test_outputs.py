@@ -26,6 +26,8 @@ from server.outputs import assemble, export, publisher
 from server.records import Evaluation, StudyRecord
 from server.registry import Registry
 
+DECLARES = {"anna": False, "bruno": True, "clara": False}
+"""Three sites, and whether the operator declared that one image is one patient."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -49,7 +51,7 @@ def state() -> bytes:
 
 
 def draft() -> Study:
-    text = template("chest", ["anna"]).replace("densenet-small", "resnet-small").replace("[64, 64]", "[32, 32]")
+    text = template("chest", list(DECLARES)).replace("densenet-small", "resnet-small").replace("[64, 64]", "[32, 32]")
     return Study.from_toml(text)
 
 
@@ -72,16 +74,19 @@ def case(tmp_path: Path, state: bytes) -> Case:
     assert run(app, "consilium-coordinator", ["-H", str(root), "init", "lungs", "--host", "localhost"]) == 0
     home = CoordinatorHome(root)
     registry = Registry(home)
-    identity, site = home.identity(), Identity.generate()
-    _, empty = registry.roster()
-    enrolled = enrol(empty, _enrolment(site), _now())
-    registry.save_roster(enrolled.signed(identity))
+    identity, sites = home.identity(), {name: Identity.generate() for name in DECLARES}
+    _, roster = registry.roster()
+    for name, site in sites.items():
+        roster = enrol(roster, _enrolment(name, site), _now())
+        registry.save_roster(roster.signed(identity))
     initial = registry.blobs.put(state)
     flat = registry.blobs.put(weights.state_vector(state).tobytes())
     study = draft()
     study = study.model_copy(update={"initial": study.initial.model_copy(update={"sha256": initial})})
     record = registry.add_study(study.document().signed_by(identity), initial, flat)
-    registry.add_approval(approval(record.hash, "anna", "xrays").signed_by(site))
+    for name, site in sites.items():
+        yes = approval(record.hash, name, "xrays", one_image_per_patient=DECLARES[name])
+        registry.add_approval(yes.signed_by(site))
     registry.note(record.hash, "round", "round 1 done", data={"round": 1, "metrics": {"train_loss": 0.5, "sites": 1.0}})
     vector = np.random.default_rng(7).normal(size=weights.Layout.of_state(state).count).astype("<f4")
     path = tmp_path / "vector"
@@ -96,13 +101,13 @@ def _now():  # type: ignore[no-untyped-def]
     return datetime.now(UTC)
 
 
-def _enrolment(identity: Identity) -> Enrolment:
+def _enrolment(name: str, identity: Identity) -> Enrolment:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     pem = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
-    return Enrolment(consortium="lungs", site="anna", identity=identity.public, node_key=pem, not_after=expiry(_now()))
+    return Enrolment(consortium="lungs", site=name, identity=identity.public, node_key=pem, not_after=expiry(_now()))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -115,7 +120,7 @@ def test_publishing_writes_everything_a_reader_needs(case: Case) -> None:
     assert package == folder / "delivery.zip"
     assert set(files(folder)) == {
         "MODEL_CARD.md",
-        "approvals/anna.json",
+        *(f"approvals/{name}.json" for name in DECLARES),
         "bundle/configs/inference.json",
         "bundle/configs/metadata.json",
         "bundle/configs/specification.json",
@@ -214,6 +219,15 @@ def test_the_card_names_study_hashes_and_missing_privacy(case: Case) -> None:
     assert case.record.hash in card
     assert "no differential privacy" in card
     assert f"{case.test.metrics['auroc']:.4f}" in card
+
+
+def test_the_card_names_the_sites_that_declared_one_image_to_be_one_patient_and_no_other(case: Case) -> None:
+    publisher(case.home, case.registry)(case.record, 2, case.weights, case.history, case.test)
+    folder = case.home.study(case.record.hash)
+    for path in ("MODEL_CARD.md", "bundle/docs/README.md"):
+        (said,) = (line for line in (folder / path).read_text().splitlines() if "one patient" in line.lower())
+        assert said.startswith("**One image is one patient at bruno**, as the operator of that hospital declared.")
+        assert not {"anna", "clara"} & set(said.replace(",", " ").split())
 
 
 def test_export_copies_the_folder_or_unpacks_what_the_sites_got(case: Case, tmp_path: Path) -> None:

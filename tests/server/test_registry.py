@@ -11,7 +11,7 @@ import pytest
 
 from privacy.errors import ConsiliumError, Refusal
 from privacy.files import write_atomically
-from privacy.identity import Identity
+from privacy.identity import Document, Identity
 from privacy.study import approval
 from server import tables
 from server.blobs import Blobs
@@ -226,6 +226,7 @@ def test_an_approval_file_must_be_the_sites_own(bench):
         approval(bench.hash, "bert", "images").signed_by(anna),
         approval(bench.hash, "nobody", "images").signed_by(anna),
         approval("0" * 64, "anna", "images").signed_by(anna),
+        Document("approval", {"study": bench.hash, "site": "anna", "data": "images"}).signed_by(anna),
     ):
         with pytest.raises(ConsiliumError):
             bench.registry.add_approval(bad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -95,13 +97,20 @@ def test_too_few_approvals_pause_the_study_with_the_names(bench):
     assert bench.course.slots() == []
 
 
-def test_a_forged_approval_is_not_believed(bench):
-    cleo, stranger = bench.sites["cleo"], Identity.generate()
+@pytest.mark.parametrize("wrong", ["signer", "undeclared", "in words"])
+def test_an_approval_that_is_forged_or_not_whole_is_not_believed(bench, wrong):
+    cleo = bench.sites["cleo"]
+    good = approval(bench.hash, "cleo", "images")
+    bodies = {
+        "undeclared": {name: value for name, value in good.body.items() if name != "one_image_per_patient"},
+        "in words": {**good.body, "one_image_per_patient": "no"},
+    }
+    signer = Identity.generate() if wrong == "signer" else cleo.identity
+    yes = replace(good, body=bodies.get(wrong, good.body)).signed_by(signer).encode().hex()
 
     def forge(request: Request, document: bytes, payload: bytes):
         if request.header.kind != "offer":
             return document, payload
-        yes = approval(bench.hash, "cleo", "images").signed_by(stranger).encode().hex()
         return cleo.say(request, {"state": "approved", "approval": yes}), payload
 
     cleo.tamper = forge

@@ -103,6 +103,7 @@ def test_everything_in_one_place_is_what_all_have_and_takes_the_steps_of_all(sim
     assert finished.test is not None
     assert metrics(plan, spread) == pytest.approx(dict(finished.test.metrics), rel=1e-5)
     assert sum(simulation.images.values()) == 240
+    assert "one patient" not in (finished.folder / "MODEL_CARD.md").read_text()
 
 
 def test_a_hospital_alone_sees_no_other_and_a_hospital_left_out_is_not_asked(simulation: Simulation) -> None:
@@ -198,6 +199,56 @@ def test_images_that_cannot_be_dealt_out_are_named(
 ) -> None:
     assert call("simulate", str(study_file), "--data", str(tmp_path), "--out", str(tmp_path / "out")) == 1
     assert "dealt out" in capsys.readouterr().err
+
+
+def test_images_without_what_a_study_learns_are_named_before_the_first_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is said that each image counts as one patient, where the set names none."""
+    path = tmp_path / "cells.toml"
+    unet: Sections = {"task": {"kind": "segmentation"}, "network": {"name": "unet"}, "input": {"size": [16, 16]}}
+    path.write_text(study_kit.draft("cells", SITES, **unet))
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 8, 8), np.uint8), labels=np.arange(60) % 2)
+    options = ("--data", str(tmp_path / "set.npz"), "--out", str(tmp_path / "out"), "--threads", "1")
+    assert call("simulate", str(path), *options) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "set names no patients: each image counts as one patient." in said
+    assert "no array “masks”" in said
+    assert "north" in said
+
+
+def test_a_hospital_without_images_stops_nobody_who_can_do_without_it(tmp_path: Path) -> None:
+    for site in SITES:
+        (tmp_path / site).mkdir()
+        arrays = {"images": np.zeros((40, 8, 8), np.uint8), "labels": np.arange(40) % 2}
+        arrays |= {"labels": np.full(40, 9)} if site == "west" else {}
+        np.savez(tmp_path / site / "images.npz", **arrays)
+        declared = 'kind = "npz"\npath = "images.npz"\none_image_per_patient = true\n'
+        (tmp_path / site / "source.toml").write_text(declared)
+    with Simulation(tmp_path, SITES, threads=1) as made:
+        once: Sections = {"rounds": {"count": 1, "local_steps": 1}}
+        two = study_kit.study("two", SITES, aggregation={"minimum_sites": 2}, **once)
+        finished = made.run(arms.together(two, SITES))
+        assert finished.test is not None
+        assert finished.test.sites == ("north", "south")
+        with pytest.raises(ConsiliumError, match="no usable image: west, "):
+            made.run(arms.together(study_kit.study("three", SITES, aggregation={"minimum_sites": 3}, **once), SITES))
+
+
+def test_the_card_names_the_hospital_that_declared_one_image_to_be_one_patient(tmp_path: Path) -> None:
+    for site in SITES:
+        (tmp_path / site).mkdir()
+        arrays = {"images": np.random.default_rng(1).random((40, 8, 8)), "labels": np.arange(40) // 2 % 2}
+        arrays |= {} if site == "south" else {"patients": np.arange(40) // 2}
+        np.savez(tmp_path / site / "images.npz", **arrays)
+        declared = "one_image_per_patient = true\n" if site == "south" else ""
+        (tmp_path / site / "source.toml").write_text(f'kind = "npz"\npath = "images.npz"\n{declared}')
+    with Simulation(tmp_path, SITES, pooled=True, threads=1) as made:
+        once = study_kit.study("once", SITES, rounds={"count": 1, "local_steps": 1})
+        plans = {"south": arms.together(once, SITES), POOLED: arms.pooled(once, POOLED, 3)}
+        for name, plan in plans.items():
+            card = (made.run(plan).folder / "MODEL_CARD.md").read_text()
+            assert f"**One image is one patient at {name}**" in card
 
 
 @pytest.mark.long
