@@ -72,21 +72,28 @@ def allow(
     order: Annotated[
         int, typer.Option(help="The Rényi order that decides, for ever; 4 or 5 suit several studies.")
     ] = 4,
+    settle: Annotated[
+        str,
+        typer.Option("--settle", metavar="CODE", help="Settle the doubt of which the site's `budget` shows this code."),
+    ] = "",
 ) -> None:
     """Sign the lifetime budget of every patient at one hospital.
 
     The privacy officer runs it before the first study with noise. A later one replaces it, at the same order; what was
-    reserved before stays reserved.
+    reserved before stays reserved. With --settle, also the word that a site whose records were restored from a backup
+    may go on: once you know what they have forgotten.
 
     Example: consilium-officer allow --site st-anna --epsilon 8 --delta 1e-6 --order 4 --out st-anna.allowance.json
     """
     office: Office = context.obj
-    issued = office.allow(site, epsilon, delta, order)
+    issued = office.allow(site, epsilon, delta, order, settle)
     console = out()
     console.print(
         f"Every patient of [bold]{escape(site)}[/] may be charged epsilon {escape(epsilon)} at delta {escape(delta)}, "
         f"decided at order {order}, over all studies for ever."
     )
+    if settle:
+        console.print(f"It settles the doubt {settle} about its ledger: what was reserved there counts as spent.")
     _handed_out(console, issued, output)
 
 

@@ -23,6 +23,7 @@ from privacy.identity import Document, Identity
 from privacy.roster import SiteName, Timestamp, parse_timestamp
 from privacy.study import Study
 
+DOUBT = r"^([0-9a-f]{16})?$"
 Serial = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -71,11 +72,20 @@ class _Paper(BaseModel):
 
 
 class Allowance(_Paper):
-    """The lifetime budget of every patient at one site: kind "allowance"."""
+    """The lifetime budget of every patient at one site: kind "allowance".
+
+    `settles` is the code under which the site doubts its ledger, drawn when it noticed that its records were restored:
+    no paper signed before can name it. Empty, and then not in the body, in every other allowance.
+    """
 
     KIND: ClassVar[str] = "allowance"
     epsilon: Positive
     order: int
+    settles: Annotated[str, Field(pattern=DOUBT)] = ""
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body that is signed."""
+        return {name: value for name, value in super().body().items() if name != "settles" or value}
 
     @model_validator(mode="after")
     def _leaves_room(self) -> Self:

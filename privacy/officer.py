@@ -70,14 +70,20 @@ class Office:
         write_atomically(self.public, f"{identity.public}\n".encode(), 0o644)
         return identity.public
 
-    def allow(self, site: str, epsilon: str, delta: str, order: int) -> Issued:
+    def allow(self, site: str, epsilon: str, delta: str, order: int, settles: str = "") -> Issued:
         """Sign the lifetime budget of every patient at a site.
+
+        Args:
+            settles: the code of a doubt about the site's ledger that this settles; "" for none.
 
         Raises:
             ConsiliumError: numbers that cannot stand, or no identity here.
         """
         return self._issue(
-            site, lambda serial: Allowance(site=site, serial=serial, epsilon=epsilon, delta=delta, order=order)
+            site,
+            lambda serial: Allowance(
+                site=site, serial=serial, epsilon=epsilon, delta=delta, order=order, settles=settles
+            ),
         )
 
     def grant(self, study: Study, site: str, epsilon: str, cap: str, expires: str, now: datetime) -> Issued:

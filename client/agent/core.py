@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from client.agent import policy
 from client.agent.calls import Calls
 from client.agent.closing import Closing
 from client.agent.desk import Desk
+from client.agent.gate import Gate
 from client.agent.history import REFUSAL, History
 from client.agent.logbook import Logbook
 from client.agent.payload import Payload, into_bytes, into_vector
@@ -43,6 +45,8 @@ from privacy.roster import Roster
 from privacy.study import KIND, Study, approval
 
 FETCH_LIMIT = 4 << 20
+COMPUTING = SLOTTED | SETTING_UP | OPENING
+"""Requests whose answers come of patients' images, or open what does."""
 ABOUT_A_PEER = frozenset({RefusalCode.PEER_KEYS, RefusalCode.PEER_SHARES})
 """Refusals whose reason is another site's message, which the coordinator only carried."""
 
@@ -88,6 +92,7 @@ class Agent:
                 self.store, self._airlock, self.desk, self._answers, self._voice, self._secure,
                 Private(self._airlock, self.purse), self._logbook,
             )  # fmt: skip
+            self.gate = Gate(self.store, self.purse, self._workshop, self._known)
             self._closing = Closing(
                 self.store, self.purse, self._logbook, self._workshop, self.desk, self._spool, self.models()
             )
@@ -155,21 +160,20 @@ class Agent:
             request = policy.read_request(document, self.site.coordinator)
         except Refusal as refusal:
             return self._airlock.release(REFUSAL, self._voice.unread(document, refusal.code))
-        header, what = request.header, ""
+        header, about = request.header, ""
         try:
             data = self._serve(request, payload, received)
-            what = self._secure.named(request)
+            with self.gate.passing(header.study) if header.kind in COMPUTING else nullcontext():
+                return self._airlock.release(self._secure.named(request), data, header.study, header.slot)
         except Refusal as refusal:
-            self._note_refusal(request, refusal.code)
-            what = REFUSAL
-            peer = refusal.code in ABOUT_A_PEER and refusal.subject in header.cohort
-            data = self._voice.refused(request, refusal.code, refusal.subject if peer else "")
+            code = refusal.code
+            if code in ABOUT_A_PEER and refusal.subject in header.cohort:
+                about = refusal.subject
         except Exception:
             log.exception("serving %s of study %s failed", header.kind, header.study)
-            self._note_refusal(request, RefusalCode.INTERNAL)
-            what = REFUSAL
-            data = self._voice.refused(request, RefusalCode.INTERNAL)
-        return self._airlock.release(what, data, header.study, header.slot)
+            code = RefusalCode.INTERNAL
+        self._note_refusal(request, code)
+        return self._airlock.release(REFUSAL, self._voice.refused(request, code, about), header.study, header.slot)
 
     def fetch(self, study: str, session: int, slot: int, request: str, offset: int, length: int) -> Released:
         """A range of a stored answer's payload, at most 4 MiB.
@@ -180,22 +184,15 @@ class Agent:
         """
         if length > FETCH_LIMIT:
             raise Refusal(RefusalCode.TOO_LARGE)
-        with self._calls:
-            return self._fetch(study, session, slot, request, offset, length)
-
-    def _fetch(self, study: str, session: int, slot: int, request: str, offset: int, length: int) -> Released:
-        row, known = self._known(study)
-        if row is None or known is None:
-            raise Refusal(RefusalCode.UNKNOWN_STUDY, study)
-        policy.decided(row, allow_finished=False)
-        stage = self.store.rings.answered(study, session, slot, request)
-        if stage is not None:
-            return self._airlock.release_range(f"{stage.stage} payload", stage.payload, offset, length, study, slot)
-        found = self.store.look(study, session, slot, request, known.slots)
-        if found is None or found.state != "stored" or found.size == 0:
-            raise Refusal(RefusalCode.SLOT_SPENT, str(slot))
-        stored = Stored(self._answers / vector_name(study, slot), found.sha256, found.size)
-        return self._airlock.fetch(f"{found.kind} vector", stored, offset, length, study=study, slot=slot)
+        with self._calls, self.gate.passing(study) as known:
+            stage = self.store.rings.answered(study, session, slot, request)
+            if stage is not None:
+                return self._airlock.release_range(f"{stage.stage} payload", stage.payload, offset, length, study, slot)
+            found = self.store.look(study, session, slot, request, known.slots)
+            if found is None or found.state != "stored" or found.size == 0:
+                raise Refusal(RefusalCode.SLOT_SPENT, str(slot))
+            stored = Stored(self._answers / vector_name(study, slot), found.sha256, found.size)
+            return self._airlock.fetch(f"{found.kind} vector", stored, offset, length, study=study, slot=slot)
 
     def refusal(self, code: RefusalCode) -> Released:
         """The code that ends a call without an answer document.
@@ -241,11 +238,10 @@ class Agent:
         yes = state is State.APPROVED
         if yes and known.secagg.mode == "on":
             self.store.rings.pin(study, self.identities(known))
-        signed = approval(known.hash, self.site.name, data).signed_by(self._identity).encode() if yes else b""
-        self.store.decide(study, state, data, signed)
-        if not yes:
-            self.store.rings.wipe()
-            self._workshop.cancel(study, RefusalCode.WITHDRAWN if state is State.WITHDRAWN else RefusalCode.DECLINED)
+        one = any(row.one_image_per_patient for row in self.store.sources() if row.name == data)
+        said = approval(known.hash, self.site.name, data, one_image_per_patient=one)
+        signed = said.signed_by(self._identity).encode() if yes else b""
+        self.gate.decide(study, state, data, signed)
         self.desk.forget(study)
         return signed
 
@@ -281,6 +277,8 @@ class Agent:
         policy.admit(header, row, study, self.roster(), self.site, self._now())
         assert row is not None
         assert study is not None
+        if header.kind in COMPUTING:
+            self.gate.check(header.study)
         if header.kind in SLOTTED:
             return self._compute(request, study, payload, received)
         if header.kind in SETTING_UP | OPENING:

@@ -75,6 +75,17 @@ class Desk:
                 self._sizes[study.hash] = measure(study)
             return self._sizes[study.hash]
 
+    def changes(self, study: Study) -> list[str]:
+        """In what the network of a study with noise is not the library's, in words.
+
+        Raises:
+            ConsiliumError: gradients of single patients cannot be taken of it.
+        """
+        self.libraries()
+        from client.private import fitness
+
+        return fitness.approvable(study.spec())
+
     def cohort(self, study: Study, source: SourceRow, progress: Callable[[int, int], None] | None = None) -> Cohort:
         """The site's images for a study, from the cache where they are there.
 

@@ -23,13 +23,16 @@ from client.agent import agent_pb2 as pb
 from client.agent import agent_pb2_grpc as stubs
 from client.agent import benefit, inspection
 from client.agent.core import Agent
-from client.agent.rows import State, StudyRow
+from client.agent.rows import SourceRow, State, StudyRow
 from client.agent.seal import networked
 from client.imaging import Source
+from client.imaging.labels import check_table
 from models import validate
 from privacy.errors import ConsiliumError, Refusal
+from privacy.identity import Document
 from privacy.messages import PROTOCOL
 from privacy.roster import NAME
+from privacy.study import APPROVAL
 
 THREADS = 6
 DETAIL_LIMIT = 2000
@@ -134,7 +137,9 @@ class Local(stubs.LocalServicer):
             ) from error
         source = Source.from_fields(fields if isinstance(fields, dict) else {}, request.name)
         source.check()
+        check_table(source)
         text = source.model_dump_json(exclude_defaults=True)
+        self._keeps_its_word(SourceRow(request.name, text, ""))
         self._agent.store.put_source(request.name, text)
         return pb.DataLine(name=request.name, source=text)
 
@@ -145,11 +150,12 @@ class Local(stubs.LocalServicer):
         self._agent.store.remove_source(request.name)
         return pb.Empty()
 
-    def Check(self, request: pb.DataName, context: grpc.ServicerContext) -> Iterator[pb.CheckEvent]:
+    def Check(self, request: pb.CheckData, context: grpc.ServicerContext) -> Iterator[pb.CheckEvent]:
         """Read every image once, with progress; the last event carries the summary."""
 
         def work(progress: inspection.Progress) -> str:
-            return inspection.check(self._agent, request.name, progress)
+            study = self._agent.study(self._find(request.study).hash) if request.study else None
+            return inspection.check(self._agent, request.name, progress, study)
 
         return _streamed(context, request.name, "data check", work)
 
@@ -204,13 +210,29 @@ class Local(stubs.LocalServicer):
                 f"{error.remedy} A study that was not offered here yet has no name here: give its hash, in full or its "
                 "beginning; `consilium-site budget` lists the grants by it.",
             ) from error
-        self._agent.purse.revoke(study)
+        self._agent.gate.revoke(study)
         return pb.Imported(kind="grant", subject=study)
 
     @_guarded
     def Budget(self, request: pb.Empty, context: grpc.ServicerContext) -> pb.BudgetReply:
         """Grants, studies, and how far patients' lifetimes are spent."""
         return pb.BudgetReply(report=json.dumps(self._agent.purse.report()))
+
+    def _keeps_its_word(self, source: SourceRow) -> None:
+        """A signed approval says what was declared of its source: that stands until the study is over.
+
+        Raises:
+            ConsiliumError: it would not.
+        """
+        for row in self._agent.store.studies():
+            if row.state is State.APPROVED and row.data == source.name:
+                said = Document.decode(row.approval, APPROVAL).body.get("one_image_per_patient", False)
+                if said != source.one_image_per_patient:
+                    raise ConsiliumError(
+                        "The study was approved with another declaration of who a patient is in this source",
+                        f"{source.name}, {row.name}",
+                        "Connect the images under another name, or withdraw from the study and approve it again.",
+                    )
 
     def _find(self, name: str) -> StudyRow:
         rows = self._agent.store.studies()
@@ -253,7 +275,8 @@ class Local(stubs.LocalServicer):
         name = data or (sources[0].name if sources else "")
         if not name:
             raise ConsiliumError("No images are connected", row.name, "First: `consilium-site data connect NAME PATH`.")
-        return name, inspection.require_training_images(self._agent, study, name)
+        cautions = inspection.require_training_images(self._agent, study, name)
+        return name, cautions + (self._agent.desk.changes(study) if study.privacy.mode != "none" else [])
 
 
 def _streamed(

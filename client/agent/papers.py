@@ -158,14 +158,24 @@ class Papers:
         self._db.execute(
             "INSERT INTO allowances (officer, serial, document) VALUES (?, ?, ?)", (officer, paper.serial, data)
         )
-        self._db.execute("UPDATE ledger SET trouble = ''")
         self._event("", f"allowance {paper.serial} taken")
+        words += self._settle(paper.settles)
         histories = self._db.execute(
             "SELECT h.vector, count(*) FROM patients t JOIN histories h ON h.id = t.history GROUP BY h.id"
         )
         lifetime = paper.lifetime
         above = sum(count for vector, count in histories if json.loads(vector)[lifetime.at] > lifetime.room)
         return words + (f"; {above} patients have more than that reserved already, and get no more" if above else "")
+
+    def _settle(self, code: str) -> str:
+        """End the doubt of this code; what came of it, in words."""
+        row = self._db.execute("SELECT trouble FROM ledger").fetchone()
+        doubt = str(row[0]) if row else ""
+        if code and code == doubt:
+            self._db.execute("UPDATE ledger SET trouble = ''")
+            self._event("", f"the privacy officer has settled the doubt {code}")
+            return "; the doubt about the ledger is settled"
+        return f"; the doubt about the ledger stays: the officer settles it with `--settle {doubt}`" if doubt else ""
 
     def _take_grant(self, paper: Grant, data: bytes, officer: str) -> str:
         words = f"serial {paper.serial}: study {paper.study}, epsilon {paper.epsilon}, {paper.slots} slots"

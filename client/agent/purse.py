@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
 from client.agent import histories, purse_audit
 from client.agent.papers import Papers
+from client.agent.purse_audit import Plan
 from privacy import budget
 from privacy.accounting import Role
 from privacy.budget import NOTHING, Part
@@ -32,19 +33,10 @@ from privacy.study import Study
 
 RESTORED = (
     "these records were restored from a backup: studies begun since then are forgotten; what was reserved counts as "
-    "spent, and the officer writes a new allowance once it is known what is missing"
+    "spent, and once it is known what is missing, the officer writes a new allowance with `--settle {code}`"
 )
 UNCHECKED = "the ledger has not been checked since the agent started"
 _LABEL = b"consilium/v1/ledger\0pseudonyms"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A reserved study; `grant` is the state of the grant it runs on, empty for one closed before it began."""
-
-    id: int
-    state: str
-    grant: str
 
 
 class Purse:
@@ -60,10 +52,11 @@ class Purse:
         lock: threading.RLock,
         transaction: Callable[[], AbstractContextManager[None]],
         event: Callable[[str, str], None],
+        shut: Callable[[str], None],
         now: Callable[[], datetime],
         site: str,
     ) -> None:
-        self._db, self._lock, self._transaction, self._event = db, lock, transaction, event
+        self._db, self._lock, self._transaction, self._event, self._shut = db, lock, transaction, event, shut
         self._now, self._site, self._doubt = now, site, UNCHECKED
         self._papers = Papers(db, event, now, site)
         self._claims: dict[str, Claims] = {}
@@ -87,7 +80,8 @@ class Purse:
     def take(self, data: bytes) -> tuple[str, str]:
         """Take an allowance or a grant; returns its kind, and what it says in words.
 
-        A new allowance also settles the doubt about a restored backup: it is the officer's signed word on it.
+        A new allowance that names the code of the doubt about a restored backup also settles that: it is the officer's
+        word on it, and was not signed before.
 
         Raises:
             Refusal: TOO_LARGE, MALFORMED or BAD_SIGNATURE.
@@ -97,13 +91,17 @@ class Purse:
             return self._papers.take(data)
 
     def revoke(self, study: str) -> None:
-        """End the grant of a study: the next charge is refused, from before this returns (RULES B6).
+        """End the grant of a study, spend its open slots and destroy its keys, all at once (RULES B6).
+
+        What is being computed can then not be kept, and what was kept is gone; what was charged stays charged. Through
+        `client.agent.gate`, so that nothing is half way out meanwhile.
 
         Raises:
             ConsiliumError: it has none, or none any more.
         """
         with self._transaction():
             self._papers.revoke(study)
+            self._shut(study)
 
     # ---- reserving and charging ------------------------------------------------------------------------------
 
@@ -128,7 +126,7 @@ class Purse:
             if known is not None and known.grant == "revoked":
                 self._renew(known, claims)
             elif known is not None:
-                _running(known, study.hash)
+                known.check_running()
             else:
                 self._reserve(study, members, asked, claims)
 
@@ -151,10 +149,21 @@ class Purse:
             if known is None:
                 return self._papers.digest(self._papers.covering(claims))
             if known.grant == "revoked":
-                raise Refusal(RefusalCode.GRANT_REVOKED, study.hash)
-            _running(known, study.hash)
+                return self._papers.digest(self._anew(known, claims))
+            known.check_running()
             row = self._db.execute("SELECT granted FROM plans WHERE study = ?", (study.hash,)).fetchone()
             return self._papers.digest(row[0])
+
+    def check_grant(self, study: Study) -> None:
+        """Whether anything of a study may leave as far as its grant goes; one that has not begun has nothing to leave.
+
+        Raises:
+            Refusal: GRANT_REVOKED when the grant that it began on was revoked, and no new one is here.
+        """
+        with self._lock:
+            known = self._plan(study.hash)
+            if known is not None and known.grant == "revoked":
+                self._anew(known, self._claimed(study))
 
     def digests(self, study: str) -> set[str]:
         """The digests of all grants that this site was ever given for a study, used or revoked ones too."""
@@ -192,7 +201,7 @@ class Purse:
             plan = self._plan(study.hash)
             if plan is None:
                 raise Refusal(RefusalCode.NO_GRANT, study.hash)
-            _running(plan, study.hash)
+            plan.check_running()
             if not 1 <= slot <= study.slots:
                 raise Refusal(RefusalCode.SLOT_LIMIT, str(slot))
             row = self._db.execute(
@@ -267,7 +276,7 @@ class Purse:
         """What is wrong with the ledger, in words; "" when nothing is."""
         with self._lock:
             row = self._db.execute("SELECT trouble FROM ledger").fetchone()
-        return self._doubt or (str(row[0]) if row else purse_audit.LOST)
+        return self._doubt or (purse_audit.LOST if row is None else RESTORED.format(code=row[0]) if row[0] else "")
 
     def counter(self) -> int:
         """How many charges this site has made; the number of the last."""
@@ -325,22 +334,21 @@ class Purse:
             self._claims[study.hash] = Claims.of(study)
         return self._claims[study.hash]
 
-    def _plan(self, study: str) -> _Plan | None:
-        row = self._db.execute(
-            "SELECT p.id, p.state, ifnull(g.state, '') FROM plans p LEFT JOIN grants g ON g.id = p.granted"
-            " WHERE p.study = ?",
-            (study,),
-        ).fetchone()
-        return _Plan(*row) if row else None
+    def _plan(self, study: str) -> Plan | None:
+        return purse_audit.plan_of(self._db, study)
 
-    def _renew(self, plan: _Plan, claims: Claims) -> None:
-        """Go on with a revoked study on a new grant: the same reservation, and no slot more."""
+    def _anew(self, plan: Plan, claims: Claims) -> int:
+        """The id of the new grant that a revoked study would go on with."""
         if plan.state != "reserved":
             raise Refusal(RefusalCode.GRANT_SPENT, claims.study)
         try:
-            granted = self._papers.covering(claims)
+            return self._papers.covering(claims)
         except Refusal as refusal:
             raise Refusal(RefusalCode.GRANT_REVOKED, claims.study) from refusal
+
+    def _renew(self, plan: Plan, claims: Claims) -> None:
+        """Go on with a revoked study on a new grant: the same reservation, and no slot more."""
+        granted = self._anew(plan, claims)
         self._db.execute("UPDATE plans SET granted = ? WHERE id = ?", (granted, plan.id))
         self._papers.consume(granted)
         self._event(claims.study, "goes on with a new grant")
@@ -367,10 +375,7 @@ class Purse:
         self._event(study.hash, "the plan is reserved in the privacy ledger")
 
     def _counter(self) -> int:
-        last, forgotten = self._db.execute(
-            "SELECT (SELECT ifnull(max(counter), 0) FROM charges), (SELECT ifnull(max(forgotten), 0) FROM ledger)"
-        ).fetchone()
-        return int(max(last, forgotten))
+        return purse_audit.counter(self._db)
 
     def _close_unbegun(self, study: str) -> None:
         """A tombstone for a study that never reserved anything."""
@@ -383,12 +388,6 @@ class Purse:
     def _restored(self, study: str) -> None:
         """Count every open reservation as spent, and stop until the officer has written a new allowance."""
         self._db.execute("UPDATE plans SET state = 'aborted' WHERE state = 'reserved'")
-        self._db.execute("UPDATE ledger SET trouble = ?", (RESTORED,))
-        self._event(study, RESTORED)
-
-
-def _running(plan: _Plan, study: str) -> None:
-    if plan.state != "reserved":
-        raise Refusal(RefusalCode.GRANT_SPENT, study)
-    if plan.grant != "consumed":
-        raise Refusal(RefusalCode.GRANT_REVOKED, study)
+        code = secrets.token_hex(8)
+        self._db.execute("UPDATE ledger SET trouble = ?", (code,))
+        self._event(study, RESTORED.format(code=code))

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from privacy import budget
@@ -22,6 +23,45 @@ OTHER_KEY = (
 BINS = 10
 ROLE_OF: dict[str, Role] = {"train": "train", "validate": "validation", "test": "test"}
 """Which patients pay for a request of each kind."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reserved study; `grant` is the state of the grant it runs on, empty for one closed before it began."""
+
+    id: int
+    study: str
+    state: str
+    grant: str
+
+    def check_running(self) -> None:
+        """Whether something may be charged to it.
+
+        Raises:
+            Refusal: GRANT_SPENT when it is closed, GRANT_REVOKED.
+        """
+        if self.state != "reserved":
+            raise Refusal(RefusalCode.GRANT_SPENT, self.study)
+        if self.grant != "consumed":
+            raise Refusal(RefusalCode.GRANT_REVOKED, self.study)
+
+
+def plan_of(db: sqlite3.Connection, study: str) -> Plan | None:
+    """What is reserved for a study, or None."""
+    row = db.execute(
+        "SELECT p.id, p.study, p.state, ifnull(g.state, '') FROM plans p LEFT JOIN grants g ON g.id = p.granted"
+        " WHERE p.study = ?",
+        (study,),
+    ).fetchone()
+    return Plan(*row) if row else None
+
+
+def counter(db: sqlite3.Connection) -> int:
+    """The number of the last charge, known or forgotten."""
+    last, forgotten = db.execute(
+        "SELECT (SELECT ifnull(max(counter), 0) FROM charges), (SELECT ifnull(max(forgotten), 0) FROM ledger)"
+    ).fetchone()
+    return int(max(last, forgotten))
 
 
 def doubt(db: sqlite3.Connection, mark: str) -> str:

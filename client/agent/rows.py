@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -79,7 +80,8 @@ CREATE TABLE witness (one INTEGER PRIMARY KEY CHECK (one = 1), state BLOB NOT NU
 """What differential privacy adds. `histories`: RDP vectors, JSON, each once. `parts`: what a plan costs a patient of a
 role: `unit` of one release, `count` of them reserved, `held` of them in the histories now. `plans.gone`: the highest
 slot that the journal knows to have left. `ledger`: a fingerprint of the pseudonyms' key, the last charge that records
-lost with a backup had counted, and what is wrong, in words. No row of these is ever deleted."""
+lost with a backup had counted, and the code of the doubt that this left, which the officer's next allowance names. No
+row of these is ever deleted."""
 
 UPGRADES = {
     2: (
@@ -164,3 +166,8 @@ class SourceRow:
     name: str
     source: str
     summary: str
+
+    @property
+    def one_image_per_patient(self) -> bool:
+        """Whether the operator declared that no patient has two images; an approval tells it to everybody."""
+        return bool(json.loads(self.source).get("one_image_per_patient", False))

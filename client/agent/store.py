@@ -79,7 +79,7 @@ class Store:
 
     def purse(self, site: str) -> Purse:
         """The patients' budgets of a site, in this same file and under its transactions."""
-        return Purse(self._db, self._lock, self._transaction, self._event, self._now, site)
+        return Purse(self._db, self._lock, self._transaction, self._event, self._shut, self._now, site)
 
     def close(self) -> None:
         """Close the file."""
@@ -137,16 +137,14 @@ class Store:
                 (state.value, data, approval, study),
             )
             if state is not State.APPROVED:
-                self._spend(study)
-                self.rings.destroy(study)
+                self._shut(study)
             self._event(study, f"{state.value} by the operator")
 
     def finish(self, study: str, why: str = "finished: the model has arrived") -> None:
         """The study is over, because the model has arrived or for another reason: every slot is spent."""
         with self._transaction():
             self._db.execute("UPDATE studies SET state = 'finished' WHERE hash = ?", (study,))
-            self._spend(study)
-            self.rings.destroy(study)
+            self._shut(study)
             self._event(study, why)
 
     def keep_result(self, study: str, result: str) -> None:
@@ -177,8 +175,7 @@ class Store:
             if session < live:
                 raise Refusal(RefusalCode.SESSION_CLOSED, str(session))
             if session > live:
-                self._spend(study)
-                self.rings.destroy(study)
+                self._shut(study)
                 self._db.execute("UPDATE studies SET session = ? WHERE hash = ?", (session, study))
                 self._event(study, f"session {session} opened")
 
@@ -190,16 +187,14 @@ class Store:
         with self._transaction():
             row = self._db.execute("SELECT highest FROM studies WHERE hash = ?", (study,)).fetchone()
             if row is not None and row[0] < slot:
-                self._spend(study)
-                self.rings.destroy(study)
+                self._shut(study)
                 self._db.execute("UPDATE studies SET highest = ? WHERE hash = ?", (slot, study))
                 self._event(study, f"these records were restored from a backup: slots up to {slot} count as used")
 
     def start_over(self, study: str, why: str) -> None:
         """Spend every open slot of a study and destroy its keys, for a reason that the operator reads (RULES S3)."""
         with self._transaction():
-            self._spend(study)
-            self.rings.destroy(study)
+            self._shut(study)
             self._event(study, f"{why}: the keys of its sessions are destroyed")
 
     def remember(self, study: str, left: Iterable[StageLeft]) -> None:
@@ -212,8 +207,7 @@ class Store:
             if self._db.execute("SELECT 1 FROM studies WHERE hash = ?", (study,)).fetchone() is None:
                 return
             if self.rings.forgotten(study, left):
-                self._spend(study)
-                self.rings.destroy(study)
+                self._shut(study)
                 self._event(study, "these records were restored from a backup: the keys of its sessions are destroyed")
 
     def look(self, study: str, session: int, slot: int, request: str, limit: int) -> SlotRow | None:
@@ -353,6 +347,11 @@ class Store:
         self._db.execute(
             "UPDATE slots SET state = 'spent', answer = x'' WHERE study = ? AND state != 'spent'", (study,)
         )
+
+    def _shut(self, study: str) -> None:
+        """Nothing of the study's open slots and sessions leaves any more."""
+        self._spend(study)
+        self.rings.destroy(study)
 
     def _event(self, study: str, text: str) -> None:
         stamp = self._stamp()

@@ -144,7 +144,7 @@ class Workshop:
             work.check()
             answer = self._produce(work, request, study, held.pop())
         except Refusal as error:
-            refused = error
+            refused = error if work.stopped is None else Refusal(work.stopped, str(work.slot))
         except ConsiliumError as error:
             log.warning("study %s: %s", work.study, error)
             refused = Refusal(RefusalCode.NO_DATA)
@@ -161,6 +161,8 @@ class Workshop:
             work.finish(answer)
         else:
             work.fail(refused)
+        if work.stopped is not None:  # what it stored meanwhile is spent
+            self.discard_spent()
 
     def _produce(self, work: Work, request: Request, study: Study, vector: Vector) -> bytes:
         header, sizes = request.header, self._desk.sizes(study)

@@ -94,17 +94,17 @@ def revoke(
     context: typer.Context,
     study: Annotated[str, typer.Argument(metavar="STUDY", help="The study's name, or the beginning of its hash.")],
 ) -> None:
-    """End a study's grant at once: the next slot is refused. What has left before cannot be called back.
+    """End a study's grant at once: its work ends, and nothing more leaves. What has left cannot be called back.
 
-    The site operator runs it when the privacy officer says so. What was reserved stays reserved until the study is
-    over; a new grant lets it go on.
+    The site operator runs it when the privacy officer says so. What was charged stays charged, and what was reserved
+    stays reserved until the study is over; a new grant lets it go on.
 
     Example: consilium-site grant revoke chest-triage
     """
     home: SiteHome = context.obj
     with Local(home.local_socket) as door:
         ended = door.revoke_grant(study)
-    out().print(f"[red]Revoked[/]: the grant for study {ended[:16]}. Nothing more is computed for it here.")
+    out().print(f"[red]Revoked[/]: the grant for study {ended[:16]}. Nothing more leaves for it.")
 
 
 def budget(

@@ -126,8 +126,10 @@ def approve(
     console.print(f"Hash {decided.line.study}")
     for caution in decided.cautions:
         console.print(f"[yellow]Mind:[/] {escape(caution)}")
+    document = Document.decode(decided.approval, APPROVAL)
+    if document.body["one_image_per_patient"]:
+        console.print("The approval says, as you declared, that one image is one patient; the model's card repeats it.")
     if output is not None:
-        document = Document.decode(decided.approval, APPROVAL)
         document.write(output)
         console.print(f"The signed approval is in {escape(str(output))}; hand it to the coordinator.")
 

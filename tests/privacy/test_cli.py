@@ -160,6 +160,16 @@ def test_a_study_signed_by_somebody_else_is_found(
     assert "Another key signed this" in err
 
 
+def test_an_approval_tells_what_its_operator_declared(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "one image is one patient" not in flat(verify(capsys, "approval.json")[1])
+    said = approval(files.study.hash, "anna", "xrays", one_image_per_patient=True)
+    files.write("approval", said.signed_by(files.anna))
+    assert "declared that one image is one patient" in flat(verify(capsys, "approval.json")[1])
+    body = {name: value for name, value in said.body.items() if name != "one_image_per_patient"}
+    files.write("approval", Document("approval", body).signed_by(files.anna))
+    assert "The approval is not complete" in verify(capsys, "approval.json")[2]
+
+
 def test_an_approval_signed_by_somebody_else_is_found(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     files.write("approval", approval(files.study.hash, "anna", "xrays").signed_by(files.stranger))
     code, _, err = verify(capsys, "approval.json", "roster.json")

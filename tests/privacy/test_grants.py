@@ -32,6 +32,15 @@ def test_papers_come_back_as_they_were_signed() -> None:
     assert (paper.lifetime.epsilon, paper.lifetime.order) == ("8", 4)
 
 
+def test_an_allowance_names_the_doubt_it_settles_or_says_nothing_of_one() -> None:
+    plain, settling = (Document.decode(allowance(OFFICER, **more), "allowance") for more in ({}, {"settles": "0f" * 8}))
+    assert set(settling.body) - set(plain.body) == {"settles"}
+    assert Allowance.verified(settling, OFFICER.public).settles == "0f" * 8
+    for wrong in ("", "0f", "0F" * 8, "0f" * 8 + "\n"):
+        with pytest.raises(Refusal):
+            read(Document("allowance", {**plain.body, "settles": wrong}).signed_by(OFFICER).encode(), OFFICER.public)
+
+
 @pytest.mark.parametrize("make", [allowance, lambda officer: grant(officer, STUDY)])
 def test_B6_another_officers_paper_is_refused(make: Any) -> None:
     with pytest.raises(Refusal) as refused:

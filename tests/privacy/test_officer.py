@@ -77,6 +77,16 @@ def test_allow_signs_a_lifetime(officer: Officer) -> None:
     assert "consilium-site grant import a.json" in out
 
 
+def test_allow_settles_a_doubt_that_it_names(officer: Officer) -> None:
+    code, out, err = officer("allow", "--site", SITE, "--settle", "0123456789abcdef", "--out", "a.json")
+    assert (code, err) == (0, "")
+    assert "settles the doubt 0123456789abcdef" in out
+    assert Document.read(Path("a.json"), "allowance").body["settles"] == "0123456789abcdef"
+    code, _, err = officer("allow", "--site", SITE, "--settle", "the doubt", "--out", "b.json")
+    assert code == 1
+    assert "settles" in err
+
+
 def test_B6_serials_count_up_for_each_site_over_both_kinds(officer: Officer) -> None:
     officer("allow", "--site", SITE, "--out", "a.json")
     assert grant(officer)[0] == 0

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
 from client.agent import agent_pb2 as pb
@@ -183,6 +184,16 @@ def test_a_door_is_given_to_its_group(tmp_path: Path) -> None:
         open_door(server(1, "door"), path, "no-such-group")
 
 
+def with_patients(path: Path) -> Path:
+    """The same images, two for each patient."""
+    with np.load(path) as arrays:
+        named = dict(arrays)
+    for side in [name.removesuffix("images") for name in named if name.endswith("images")]:
+        named[f"{side}patients"] = np.array([f"{side}{at // 2}" for at in range(len(named[f"{side}images"]))])
+    np.savez(path.with_name("named.npz"), **named)
+    return path.with_name("named.npz")
+
+
 def test_the_operators_way_from_review_to_approval(doors: Bed) -> None:
     with Local(doors.home.local_socket) as door:
         with pytest.raises(ConsiliumError, match="no such study"):
@@ -205,11 +216,18 @@ def test_the_operators_way_from_review_to_approval(doors: Bed) -> None:
         assert [event.done for event in events[:-1]] == sorted(event.done for event in events[:-1])
         assert json.loads(events[-1].summary)["images"] == 40
         approved = door.decide("tiny", "approve")
-        assert json.loads(approved.approval)["body"] == {"study": doors.hash, "site": SITE, "data": "archive"}
+        assert json.loads(approved.approval)["body"] == {
+            "study": doors.hash, "site": SITE, "data": "archive", "one_image_per_patient": True
+        }  # fmt: skip
+        with pytest.raises(ConsiliumError, match="approved with another declaration"):
+            door.connect("archive", json.dumps({**source, "one_image_per_patient": False}))
         status = door.status()
         assert (status.site, status.roster_version, status.studies[0].state) == (SITE, 3, "approved")
         assert status.studies[0].slots == doors.study.slots
         assert door.decide("tiny", "withdraw").line.state == "withdrawn"
+        named = with_patients(doors.home.root / "images.npz")
+        door.connect("archive", json.dumps({"kind": "npz", "path": str(named)}))
+        assert not json.loads(door.decide("tiny", "approve").approval)["body"]["one_image_per_patient"]
         assert {finding.name for finding in door.preflight()} >= {"device", "disk", "images: archive"}
         door.disconnect("archive")
         with pytest.raises(ConsiliumError, match="no such data source"):
@@ -224,6 +242,44 @@ def test_images_are_read_and_counted_before_any_study_is_known(doors: Bed) -> No
         summary = json.loads(list(door.check("archive"))[-1].summary)
     assert (summary["images"], summary["study"]) == (40, "")
     assert summary["split"]["train"]["classes"] == {"0": 12, "1": 12}
+
+
+def test_images_are_read_for_the_study_they_can_be_meant_for(doors: Bed) -> None:
+    source = json.dumps({"kind": "npz", "path": str(doors.home.root / "images.npz"), "one_image_per_patient": True})
+
+    with Local(doors.home.local_socket) as door:
+
+        def study(name: str, asked: str = "") -> str:
+            return str(json.loads(list(door.check(name, asked))[-1].summary)["study"])
+
+        door.hand_in(doors.signed_study)
+        door.connect("archive", source)
+        assert study("archive") == "tiny", "the only data, and a study that waits"
+        door.connect("other", source)
+        assert study("archive") == "", "which of the two is it for?"
+        assert study("archive", "tiny") == "tiny"
+        door.decide("tiny", "approve", "archive")
+        assert [study("archive"), study("other"), study("other", doors.hash[:8])] == ["tiny", "", "tiny"]
+        with pytest.raises(ConsiliumError, match="no such study"):
+            study("archive", "unheard-of")
+
+
+def test_a_source_of_which_nothing_is_usable_is_reported_all_the_same(doors: Bed, tmp_path: Path) -> None:
+    folder = tmp_path / "prints"
+    folder.mkdir()
+    (folder / "001.png").write_bytes(b"")
+    table = tmp_path / "labels.csv"
+    table.write_text("file,label\n1,a\n")
+    source = {"kind": "images", "path": str(folder), "labels": str(table), "one_image_per_patient": True}
+    with Local(doors.home.local_socket) as door:
+        with pytest.raises(ConsiliumError, match="no column “dx”"):
+            door.connect("archive", json.dumps({**source, "columns": {"label": "dx"}}))
+        door.connect("archive", json.dumps(source))
+        summary = json.loads(list(door.check("archive"))[-1].summary)
+        assert json.loads(door.status().data[0].summary) == summary
+    assert (summary["images"], summary["quarantined"]) == (0, 2)
+    assert any("001.png" in line for line in summary["examples_left_out"])
+    assert "001.png" in Path(summary["report"]).read_text(encoding="utf-8")
 
 
 def test_a_study_that_is_not_for_this_site_or_not_signed_is_not_imported(doors: Bed) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +14,24 @@ import numpy as np
 import pytest
 
 from client.agent.core import Agent
+from client.agent.local import Local
 from client.agent.private import groups
 from client.imaging import Membership
+from client.private import fitness
+from client.private.fitness import Finding, Fitness
 from models import additive, tasks
 from models.weights import Layout
 from privacy.airlock import Airlock
 from privacy.canonical import sha256
-from privacy.errors import Refusal, RefusalCode
+from privacy.errors import ConsiliumError, Refusal, RefusalCode
 from privacy.journal import verify
 from privacy.ledger import Leaf, Step
 from privacy.mechanisms import Mechanism
-from tests.client.agent.bed import ROOT, SITE, Bed
+from privacy.messages import Answer
+from privacy.stages import TRANSCRIPT
+from tests.client.agent.bed import ROOT, SITE, Bed, make_bed
 from tests.client.agent.private_kit import (
+    NOISE,
     allow,
     charges,
     die_at,
@@ -31,7 +39,9 @@ from tests.client.agent.private_kit import (
     journal,
     private_bed,
     rows,
+    shared_ring,
 )
+from tests.client.agent.ring_kit import ALL
 
 
 @pytest.fixture
@@ -72,6 +82,31 @@ def test_B6_a_revoked_grant_stops_the_next_release_whatever_the_coordinator_says
     assert bed.call("train", bed.vector, slot=2, round=2).code == "grant-revoked"
     assert [row[0] for row in charges(bed)] == [1]
     assert rows(bed, "SELECT state FROM slots WHERE slot = 2") != [("stored",)]
+
+
+def test_a_network_that_cannot_be_used_is_found_at_the_approval_and_before_any_charge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bed = private_bed(tmp_path / "site")
+    granted(bed)
+    assert bed.agent is not None
+    unfit = Fitness((Finding("norm", "is a BatchNorm, whose statistics mix patients", "use a group norm"),), ())
+    monkeypatch.setattr(fitness, "check", lambda network: unfit)
+    with pytest.raises(ConsiliumError, match="Gradients of single patients cannot be taken"):
+        Local(bed.agent)._usable(bed.agent.store.studies()[0], "")
+    assert bed.call("train", bed.vector, slot=1).code == "no-data"
+    assert (charges(bed), rows(bed, "SELECT * FROM plans")) == ([], [])
+    bed.stop()
+
+
+def test_what_was_changed_in_the_network_is_told_at_the_approval(tmp_path: Path) -> None:
+    bed = make_bed(tmp_path / "site", **NOISE, network={"weight_standardisation": True})
+    bed.start()
+    bed.approve()
+    assert bed.agent is not None
+    _, told = Local(bed.agent)._usable(bed.agent.store.studies()[0], "")
+    assert any("is our StandardisedConv2d in place of Conv2d, and so are" in text for text in told)
+    bed.stop()
 
 
 def test_S3_the_charge_is_on_the_disk_before_anything_is_computed(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,23 +202,50 @@ def test_N4_images_that_are_not_finite_cause_no_refusal(tmp_path: Path) -> None:
         bed.stop()
 
 
-def test_nothing_that_leaves_depends_on_one_patient_but_the_noised_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["per-site", "shared"])
+def test_nothing_that_leaves_depends_on_one_patient_but_the_noised_numbers(
+    tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two neighbouring sites, the same questions: what is observable has the same sizes, words and order."""
+    caplog.set_level(logging.DEBUG)
     seen = []
-    for name, images in (("all", 40), ("one-less", 39)):
-        bed = private_bed(tmp_path / name, images=images)
-        granted(bed)
-        asked = [("train", 1, 1), ("validate", 2, 4), ("test", 3, 4), ("test", 4, 4), ("test", 5, 4)]
-        answers = []
-        for kind, slot, round_ in asked:
-            answers.append(bed.call(kind, bed.vector, slot=slot, round=round_))
-            if answers[-1].status == "done":
-                bed.fetch(answers[-1])
+    for patients in (24, 23):
+        caplog.clear()
+        bed, answers = asked_everything(tmp_path / str(patients), mode, patients)
+        assert [answer.code for answer in answers] == ["", "", "", "", "grant-spent"]
         left = [(line["what"], line["slot"], line["size"]) for line in journal(bed)]
-        seen.append((left, [(a.status, a.code, a.payload_bytes, a.statistics, sorted(a.detail)) for a in answers]))
-        bed.stop()
-    assert seen[0][1] == seen[1][1]
-    assert seen[0][0] == seen[1][0]
+        logged = [line.getMessage() for line in caplog.records if line.name.startswith("consilium")]
+        seen.append((left, logged, [(a.status, a.payload_bytes, a.statistics, sorted(a.detail)) for a in answers]))
+    assert seen[0] == seen[1]
+
+
+def asked_everything(folder: Path, mode: str, patients: int) -> tuple[Bed, list[Answer]]:
+    """A site with so many patients to train, and its answers to every kind of question, the last once too often."""
+
+    def prepare(bed: Bed) -> None:
+        path = bed.home.root / "images.npz"
+        arrays = dict(np.load(path))
+        np.savez(path, **arrays | {name: arrays[name][:patients] for name in ("train_images", "train_labels")})
+        granted(bed)
+
+    more: dict[str, object] = {}
+    if mode == "shared":
+        ring = shared_ring(folder, prepare)
+        assert ring.ring is not None
+        bed, more = ring.bed, {"cohort": ALL, "parameters": {TRANSCRIPT: ring.ring.transcript}}
+    else:
+        bed = private_bed(folder)
+        prepare(bed)
+    answers = []
+    for kind, slot, round_ in (("train", 1, 1), ("validate", 2, 4), ("test", 3, 4), ("test", 4, 4), ("test", 5, 4)):
+        answers.append(bed.call(kind, bed.vector, slot=slot, round=round_, **more))
+        if answers[-1].status == "done":
+            bed.fetch(answers[-1])
+    assert Counter(row[0] for row in rows(bed, "SELECT role FROM members")) == {
+        "train": patients, "validation": 8, "test": 8,
+    }  # fmt: skip
+    bed.stop()
+    return bed, answers
 
 
 def test_the_outward_door_has_no_other_way_for_numbers(bed: Bed) -> None:
@@ -191,11 +253,18 @@ def test_the_outward_door_has_no_other_way_for_numbers(bed: Bed) -> None:
     answer = bed.call("train", bed.vector, slot=99)
     assert (answer.status, answer.code, answer.detail) == ("refused", "slot-limit", {})
     assert bed.call("keys").code == "malformed"
-    answers = [json.loads(data) for data in bed.received if data.startswith(b'{"body"')]
-    for document in answers:
-        detail = document["body"].get("detail", {})
-        assert set(detail) <= {"state", "approval", "initial", "grant", "steps"}
-        assert all(re.fullmatch(r"[0-9a-f]*|[a-z]+|\{.*\}", value, re.DOTALL) for value in detail.values())
+    assert bed.call("train", bed.vector, slot=1).status == "done"
+    details = [json.loads(data)["body"].get("detail", {}) for data in bed.received if data.startswith(b'{"body"')]
+    assert {name for detail in details for name in detail} == {"state", "approval", "initial", "grant", "steps"}
+    forms = {"state": r"[a-z]+", "initial": r"[a-z]+", "approval": r"[0-9a-f]*", "grant": r"[0-9a-f]{64}"}
+    for name, value in ((name, value) for detail in details for name, value in detail.items() if name != "steps"):
+        assert re.fullmatch(forms[name], value), name
+    lines = [json.loads(line) for detail in details for line in detail.get("steps", "").splitlines()]
+    assert lines
+    for line in lines:
+        assert set(line) == {"kind", "body", "signatures"}
+        assert {*line["body"]} == {"ledger", "study", "site", "slot", "counter", "request", "release"}
+        assert (line["body"]["site"], line["body"]["study"]) == (SITE, bed.hash)
 
 
 def test_only_the_purse_makes_a_charge_and_only_the_airlock_puts_noise_on() -> None:

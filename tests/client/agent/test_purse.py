@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -95,6 +96,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made.allow()
     yield made
     made.store.close()
+
+
+def doubt(purse: Purse) -> str:
+    """The code that the site shows of a doubt about restored records."""
+    found = re.search(r"restored from a backup.*--settle ([0-9a-f]{16})`", purse.trouble())
+    assert found is not None, purse.trouble()
+    return found[1]
 
 
 def refused(code: RefusalCode) -> Any:
@@ -697,7 +705,12 @@ def test_S3_records_older_than_what_left_count_everything_as_spent(old_copy: tup
             call()
     site.restart()
     assert "restored" in site.purse.trouble(), "a restart settles nothing"
-    site.allow(serial=2)
+    code = doubt(site.purse)
+    for serial, other in ((2, ""), (3, "0" * 16)):
+        said = site.allow(serial=serial, settles=other)
+        assert f"the doubt about the ledger stays: the officer settles it with `--settle {code}`" in said
+        assert doubt(site.purse) == code, "one that the officer signed before the loss settles nothing"
+    assert "the doubt about the ledger is settled" in site.allow(serial=4, settles=code)
     with refused(RefusalCode.GRANT_SPENT):
         site.charge(tiny, 4)
     assert site.histories() == before, "nothing is given back"
@@ -712,8 +725,7 @@ def test_S3_a_noised_study_that_left_and_is_not_known_is_noticed(site: Site) -> 
     tiny = study()
     site.approve(tiny)
     site.purse.hold_against(tiny.hash, 2)
-    assert "restored" in site.purse.trouble()
-    site.allow(serial=2)
+    site.allow(serial=2, settles=doubt(site.purse))
     site.grant(study("other"))
     with pytest.raises(ConsiliumError, match="closed in this site's ledger"):
         site.grant(tiny)

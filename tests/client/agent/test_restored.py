@@ -10,6 +10,7 @@ import pytest
 from privacy.errors import Refusal, RefusalCode
 from tests.client.agent.bed import Bed
 from tests.client.agent.private_kit import allow, granted, private_bed
+from tests.client.agent.test_purse import doubt
 
 RECORDS = ("agent.db", "agent.db-wal", "agent.db-shm")
 
@@ -49,7 +50,7 @@ def test_S3_records_of_before_a_study_was_known_are_noticed_by_the_journal(spent
 def test_S3_what_the_lost_records_knew_of_stays_closed_after_the_officers_word(spent: Bed) -> None:
     agent = spent.start()
     with pytest.raises(Exception, match="closed in this site's ledger"):
-        allow(spent)
+        allow(spent, settles=doubt(agent.purse))
     assert agent.purse.trouble() == "", "the officer's allowance settles the doubt"
     spent.stop()
     assert spent.start().purse.trouble() == "", "for good"
