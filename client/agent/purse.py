@@ -196,33 +196,34 @@ class Purse:
         Raises:
             Refusal: NO_GRANT (not reserved), GRANT_REVOKED, GRANT_SPENT, SLOT_LIMIT, SLOT_BOUND, LEDGER.
         """
+        name = study.hash  # a whole encoding of the study: once
         with self._transaction():
             self._sound()
-            plan = self._plan(study.hash)
+            plan = self._plan(name)
             if plan is None:
-                raise Refusal(RefusalCode.NO_GRANT, study.hash)
+                raise Refusal(RefusalCode.NO_GRANT, name)
             plan.check_running()
             if not 1 <= slot <= study.slots:
                 raise Refusal(RefusalCode.SLOT_LIMIT, str(slot))
             row = self._db.execute(
                 "SELECT request, kind, round, steps, paid, counter FROM charges WHERE study = ? AND slot = ?",
-                (study.hash, slot),
+                (name, slot),
             ).fetchone()
             fresh = row is None
             if row is None:
-                steps, paid = purse_audit.price(self._db, plan.id, study, slot, kind, round_)
+                steps, paid = purse_audit.price(self._db, plan, study, slot, kind, round_)
                 row = (request, kind, round_, steps, paid, self._counter() + 1)
                 self._db.execute(
                     "INSERT INTO charges (study, slot, request, kind, round, steps, paid, counter)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (study.hash, slot, *row),
+                    (name, slot, *row),
                 )
             if row[:3] != (request, kind, round_):
                 raise Refusal(RefusalCode.SLOT_BOUND, str(slot))
             steps, paid, counter = row[3:]
-            if paid != slot and not self.answered(study.hash, round_):
+            if paid != slot and not self.answered(name, round_):
                 paid = slot  # what was paid for was never stored, so nothing has left: compute it under this slot (S3)
-        return Charge(study.hash, slot, kind, round_, paid, counter, fresh and steps > 0)
+        return Charge(name, slot, kind, round_, paid, counter, fresh and steps > 0)
 
     def answered(self, study: str, round_: int) -> bool:
         """Whether noised numbers of this training round were ever stored to leave. Then, with per-site noise, only the

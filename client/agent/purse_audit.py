@@ -115,7 +115,7 @@ def eligible(db: sqlite3.Connection, study: str) -> dict[str, Role]:
     )
 
 
-def price(db: sqlite3.Connection, plan: int, study: Study, slot: int, kind: str, round_: int) -> tuple[int, int]:
+def price(db: sqlite3.Connection, plan: Plan, study: Study, slot: int, kind: str, round_: int) -> tuple[int, int]:
     """How many releases a slot costs that was not charged yet, and the slot that pays for them.
 
     Raises:
@@ -125,12 +125,12 @@ def price(db: sqlite3.Connection, plan: int, study: Study, slot: int, kind: str,
     if kind == "train" and study.privacy.mode == "per-site":
         row = db.execute(
             "SELECT slot FROM charges WHERE study = ? AND kind = 'train' AND round = ? AND steps > 0",
-            (study.hash, round_),
+            (plan.study, round_),
         ).fetchone()
         if row is not None:
             return 0, int(row[0])
         steps = study.rounds.local_steps
-    if used(db, study.hash)[role] + steps > parts(db, plan)[role].count:
+    if used(db, plan.study)[role] + steps > parts(db, plan.id)[role].count:
         raise Refusal(RefusalCode.GRANT_SPENT, str(slot))
     return steps, slot
 
