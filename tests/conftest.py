@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The networks here are small, and a federation's processes share the machine; set before torch is loaded.
@@ -20,3 +23,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("consilium")
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytest's own with a shorter name: the path of a Unix socket below it has at most 107 bytes."""
+    name = re.sub(r"\W", "_", request.node.name).removeprefix("test_")
+    return tmp_path_factory.mktemp(name[:10])
