@@ -187,7 +187,7 @@ def _duplicates(cohort: Cohort, pairs: Doubles) -> str:
         '<h2>The same image on two sides</h2><p class="soft">Equal pixels, or a difference hash of which at most '
         f"{near.NEAR} of 256 bits differ; images of one value are left aside. Two patients with one image are often "
         "one patient with two numbers: a model would be tested on what it was trained on.</p>",
-        f"<p>{pairs.count:,} pairs; {same:,} images have the pixels of another patient's image, on whichever side.</p>",
+        f"<p>Pairs: {pairs.count:,}. Images that another patient has too, pixel for pixel, on any side: {same:,}.</p>",
     ]
     tiles = [
         f'<div class="pair">{_tile(cohort, pair.first)}{_tile(cohort, pair.second)}</div>'

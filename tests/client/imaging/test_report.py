@@ -209,6 +209,6 @@ def test_the_page_stands_by_itself_says_what_there_is_and_runs_nothing(cohort, c
     assert re.search(r'<polyline points="10\.0,[\d., ]{500,}"', values)
     assert scanner in values
     assert _section(text, "Contact sheet").count("<img ") >= 8
-    assert "1 pairs; 2 images" in _section(text, "The same image on two sides")
+    assert "Pairs: 1. Images that another patient has too, pixel for pixel, on any side: 2." in text
     assert "<td>equal</td><td class=number>1</td>" in _section(text, "The same image on two sides")
     assert _bars(_section(text, "Left out")) == [("the file ends too early", "600")]
