@@ -32,7 +32,7 @@ from privacy.errors import ConsiliumError, Refusal
 from privacy.identity import Document
 from privacy.messages import PROTOCOL
 from privacy.roster import NAME
-from privacy.study import APPROVAL
+from privacy.study import APPROVAL, read_approval
 
 THREADS = 6
 DETAIL_LIMIT = 2000
@@ -226,8 +226,8 @@ class Local(stubs.LocalServicer):
         """
         for row in self._agent.store.studies():
             if row.state is State.APPROVED and row.data == source.name:
-                said = Document.decode(row.approval, APPROVAL).body.get("one_image_per_patient", False)
-                if said != source.one_image_per_patient:
+                said = read_approval(Document.decode(row.approval, APPROVAL))
+                if said["one_image_per_patient"] != source.one_image_per_patient:
                     raise ConsiliumError(
                         "The study was approved with another declaration of who a patient is in this source",
                         f"{source.name}, {row.name}",

@@ -156,7 +156,7 @@ def test_what_cannot_be_shown_is_named_and_nothing_remains(
     assert "Traceback" not in said
 
 
-def test_a_decoder_that_dies_takes_nothing_along(
+def test_a_process_that_ends_early_leaves_nothing_behind(
     published: Callable[..., Published], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = published({})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.agent.bed import Bed, Process, make_bed
+from tests.client.agent.private_kit import granted, private_bed
 
 
 @pytest.fixture
@@ -24,6 +25,15 @@ def open_bed(bed: Bed) -> Bed:
     """An agent with an approved study and an open session."""
     bed.ready()
     return bed
+
+
+@pytest.fixture
+def granted_bed(tmp_path: Path) -> Iterator[Bed]:
+    """An agent with an approved study with noise of its own, an officer's grant for it, and an open session."""
+    made = private_bed(tmp_path / "site")
+    granted(made)
+    yield made
+    made.stop()
 
 
 @pytest.fixture

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from client.agent.work import Work
 from privacy.errors import Refusal, RefusalCode
 from privacy.mechanisms import Mechanism
 from tests.client.agent.bed import Bed
-from tests.client.agent.private_kit import charges, granted, journal, private_bed, rows
+from tests.client.agent.private_kit import charges, journal, rows
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    made = private_bed(tmp_path / "site")
-    granted(made)
-    yield made
-    made.stop()
+def bed(granted_bed: Bed) -> Bed:
+    return granted_bed
 
 
 class Clock:

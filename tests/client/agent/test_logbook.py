@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +18,8 @@ from tests.client.agent.private_kit import granted, private_bed, rows
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    made = private_bed(tmp_path / "site")
-    granted(made)
-    yield made
-    made.stop()
+def bed(granted_bed: Bed) -> Bed:
+    return granted_bed
 
 
 def logbook(bed: Bed) -> Logbook:

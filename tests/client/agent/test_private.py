@@ -45,11 +45,8 @@ from tests.client.agent.ring_kit import ALL
 
 
 @pytest.fixture
-def bed(tmp_path: Path):
-    made = private_bed(tmp_path / "site")
-    granted(made)
-    yield made
-    made.stop()
+def bed(granted_bed: Bed) -> Bed:
+    return granted_bed
 
 
 def steps_of(answer_detail: dict[str, str]) -> list[Step]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +14,12 @@ from privacy.ledger import Abort, Commit, Leaf
 from privacy.proposal import Proposal
 from tests.client.agent.bed import SITE, Bed
 from tests.client.agent.log_kit import Log, witness
-from tests.client.agent.private_kit import charges, die_at, granted, paper, private_bed, rows
+from tests.client.agent.private_kit import charges, die_at, paper, rows
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    made = private_bed(tmp_path / "site")
-    granted(made)
-    yield made
-    made.stop()
+def bed(granted_bed: Bed) -> Bed:
+    return granted_bed
 
 
 @pytest.fixture

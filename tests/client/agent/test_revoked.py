@@ -25,16 +25,13 @@ from privacy.identity import Identity
 from privacy.mechanisms import Mechanism
 from privacy.secagg.coordinator import SecureSum
 from tests.client.agent.bed import ROOT, SITE, Bed, wait_for
-from tests.client.agent.private_kit import charges, granted, journal, paper, private_bed, rows, shared_ring
+from tests.client.agent.private_kit import charges, journal, paper, rows, shared_ring
 from tests.client.agent.ring_kit import ALL, PEERS, RingBed
 
 
 @pytest.fixture
-def bed(tmp_path: Path) -> Iterator[Bed]:
-    made = private_bed(tmp_path / "site")
-    granted(made)
-    yield made
-    made.stop()
+def bed(granted_bed: Bed) -> Bed:
+    return granted_bed
 
 
 @pytest.fixture
