@@ -1,8 +1,9 @@
 """How do images reach the network without letting it wait?
 
-Images that are augmented are prepared up to two batches ahead by a second thread, where there is a second core. On a
-GPU, images that are not augmented stay there from their first use, and the others come from pinned memory.
-Convolutions then run in bfloat16 with channels last; weights, gradients and losses stay float32, and there is no loss
+On a GPU the images of a cohort stay there from their first use, as long as they fit, and are augmented there
+(`models.augmentation`). Where one of a study's steps works on the processor only, and where there is no GPU, batches
+are gathered and augmented up to two ahead by a second thread, if there is a second core, and come from pinned memory.
+Convolutions on a GPU run in bfloat16 with channels last; weights, gradients and losses stay float32, without a loss
 scale, which would be state computed from patients (RULES N3). What is drawn does not depend on which thread does it.
 """
 
@@ -12,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-Augment = Callable[..., Any]
-"""(image, seed) -> image, or (image, seed, mask) -> (image, mask), as `models.transforms.augmentation` gives it."""
 Batch = tuple["Tensor", "Tensor"]
+_Taken = tuple["Tensor", "Tensor", "list[int] | None"]
+"""Images, targets, and the seeds of what is still to be done to them."""
 Indices = npt.NDArray[np.int64]
 
 AHEAD = 2
@@ -44,6 +45,16 @@ class Dice(Protocol):
         ...
 
 
+class Augment(Protocol):
+    """What training images go through, as `models.transforms.augmentation` gives it."""
+
+    anywhere: bool
+
+    def __call__(self, images: Tensor, seeds: Sequence[int], masks: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Images float32 [n, C, *size], n seeds and uint8 [n, *size] -> images and masks of the same shapes."""
+        ...
+
+
 class Feed:
     """The images of one cohort on their way to one device.
 
@@ -55,58 +66,62 @@ class Feed:
     def __init__(self, cohort: Cohort, task: Task, device: torch.device, augment: Augment | None = None) -> None:
         self._cohort, self._device, self._augment = cohort, device, augment
         self._together = task.target == "mask"  # an image moves with its mask
+        self._late = device.type == "cuda" and augment is not None and augment.anywhere
         self.seconds = self.waited = 0.0
 
     def batch(self, chosen: Indices, generator: Dice | None = None) -> Batch:
         """Images float32 [n, C, *size] and their targets on the device, augmented with seeds from `generator`."""
-        if self._device.type == "cuda" and self._augment is None and (resident := self._resident()) is not None:
-            import torch
-
-            at = torch.from_numpy(chosen).to(self._device)
-            return resident[0][at], resident[1][at]
-        images, targets = self._host(chosen, generator)
-        return self._send(images), self._send(targets)
+        return self._finished(*self._taken(chosen, generator))
 
     def batches(
         self, drawn: Iterator[Indices], generator: np.random.Generator, count: int
     ) -> Generator[Batch, None, None]:
         """`count` batches of the positions in `drawn`."""
         begun, self.waited = time.monotonic(), 0.0
-        pinned = self._device.type == "cuda"
-        if self._augment is None:
-            ready = (self.batch(next(drawn)) for _ in range(count))
-        else:
-            made = (self._host(next(drawn), generator) for _ in range(count))
-            ready = _ahead(made, pinned=pinned) if len(os.sched_getaffinity(0)) > 1 else made
+        ready: Generator[_Taken, None, None] = (self._taken(next(drawn), generator) for _ in range(count))
+        if self._kept() is None and len(os.sched_getaffinity(0)) > 1:
+            ready = _ahead(ready, pinned=self._device.type == "cuda")
         with closing(ready):
             for _ in range(count):
                 asked = time.monotonic()
-                images, targets = next(ready)
-                images, targets = self._send(images), self._send(targets)
+                images, targets = self._finished(*next(ready))
                 self.waited += time.monotonic() - asked
                 yield images, targets
         self.seconds = time.monotonic() - begun
 
-    def _host(self, chosen: Indices, generator: Dice | None) -> Batch:
+    def _taken(self, chosen: Indices, generator: Dice | None) -> _Taken:
+        """The images as they lie where they are kept, augmented if that has to happen there."""
         import torch
 
-        images, targets = self._cohort.images[chosen], self._cohort.targets[chosen]
-        if self._augment is not None and generator is not None:
-            seeds = generator.integers(0, 2**32, size=len(chosen)).tolist()
-            if self._together:
-                pairs = [self._augment(*item) for item in zip(images, seeds, targets, strict=True)]
-                images, targets = (np.stack(part) for part in zip(*pairs, strict=True))
-            else:
-                images = np.stack([self._augment(image, seed) for image, seed in zip(images, seeds, strict=True)])
-        return torch.from_numpy(images), torch.from_numpy(targets)
+        if (kept := self._kept()) is not None:
+            at = torch.from_numpy(chosen).to(self._device)
+            images, targets = kept[0][at], kept[1][at]
+        else:
+            images, targets = (torch.from_numpy(part[chosen]) for part in (self._cohort.images, self._cohort.targets))
+        if self._augment is None or generator is None:
+            return images, targets, None
+        seeds: list[int] = generator.integers(0, 2**32, size=len(chosen)).tolist()
+        return (images, targets, seeds) if self._late else (*self._augmented(images, targets, seeds), None)
+
+    def _finished(self, images: Tensor, targets: Tensor, seeds: list[int] | None) -> Batch:
+        images, targets = self._send(images), self._send(targets)
+        return (images, targets) if seeds is None else self._augmented(images, targets, seeds)
+
+    def _augmented(self, images: Tensor, targets: Tensor, seeds: list[int]) -> Batch:
+        assert self._augment is not None
+        if self._together:
+            return self._augment(images, seeds, targets)
+        return self._augment(images, seeds)[0], targets
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self._device.type != "cuda" or tensor.device == self._device:
             return tensor
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
 
-    def _resident(self) -> Batch | None:
-        """The whole cohort on the GPU; None when it would take too much of it."""
+    def _kept(self) -> Batch | None:
+        """The whole cohort on the GPU; None where there is none, it has no room, or the processor has to augment."""
+        if self._device.type != "cuda" or (self._augment is not None and not self._late):
+            return None
         import torch
 
         kept: dict[str, Batch] = self._cohort.__dict__.setdefault("_resident", {})
@@ -145,15 +160,16 @@ def compute(network: nn.Module, images: Tensor) -> Tensor:
     return outputs.float()
 
 
-def _ahead(made: Iterator[Batch], *, pinned: bool) -> Generator[Batch, None, None]:
+def _ahead(made: Iterator[_Taken], *, pinned: bool) -> Generator[_Taken, None, None]:
     """The same batches, prepared by a thread that is up to two ahead."""
-    waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
+    waiting: queue.Queue[_Taken | BaseException | None] = queue.Queue(AHEAD)
     ended = threading.Event()
 
     def work() -> None:
         try:
-            for images, targets in made:
-                _offer(waiting, (images.pin_memory(), targets.pin_memory()) if pinned else (images, targets), ended)
+            for images, targets, seeds in made:
+                parts = (images.pin_memory(), targets.pin_memory()) if pinned else (images, targets)
+                _offer(waiting, (*parts, seeds), ended)
                 if ended.is_set():
                     return
             _offer(waiting, None, ended)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from client.feed import Feed, compute
+from client.feed import Augment, Feed, compute
 from client.imaging import Cohort, Membership
 from client.optimiser import Optimiser
 from models import schedule, transfer
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
 Check = Callable[[], None]
 """Called between batches; raises to stop the work."""
-
-Augment = Callable[..., Any]
-"""(image, seed) -> image, or (image, seed, mask) -> (image, mask), as `models.transforms.augmentation` gives it."""
 
 Vector = npt.NDArray[np.float32]
 

@@ -5,27 +5,27 @@ Two lists of a study name steps of `TRANSFORMS`: `input.transforms` prepares eve
 study may set, and the order. Constants come from the study and never from the images of a site, so that what is done
 to one patient does not depend on another.
 
-Images are float32 arrays [channels, height, width] (or [channels, depth, height, width]) in and out. The same image
-and the same seed give the same result, on every call and in every process of the same version of MONAI. Where a step
-moves the image, a label map that comes with it is moved by the same drawn numbers, taking the nearest label.
+Prepared images are float32 arrays [channels, height, width] (or [channels, depth, height, width]) in and out; how a
+batch is augmented stands in `models.augmentation`. The same image and the same seed give the same result, on every call
+and in every process of the same version of MONAI. Where a step moves the image, a label map that comes with it is moved
+by the same drawn numbers, taking the nearest label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import radians
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models import fields
+from models.augmentation import Affine, Augmentation, Brightness, Contrast, Each, Flip, Noise, Step, bare_arrays
 from models.fields import Choice, Field, Problem, Real
 
 Image = NDArray[np.float32]
-Mask = NDArray[np.uint8]
 _Maker = Callable[[Any, dict[str, Any], tuple[int, ...]], Any]
 
 
@@ -34,18 +34,23 @@ class Transform:
     """One entry of the table.
 
     Attributes:
-        random: stands under input.augmentation when true, under input.transforms when false.
+        step: how a random step, under input.augmentation, is done; None for one under input.transforms.
         parameters: what a study may set.
         make: (the module monai.transforms, parameters, size of the network's input) -> a MONAI transform.
         rising: two parameters of which the first must be below the second.
-        moves: the step moves the image; its MONAI transform takes `mode` when called, if it interpolates.
+        moves: a random step moves the image, and so its label map.
     """
 
-    random: bool
+    step: type[Step] | None
     parameters: Mapping[str, Field]
     make: _Maker
     rising: tuple[str, str] | None = None
-    moves: Literal["", "exactly", "interpolating"] = ""
+    moves: bool = False
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws."""
+        return self.step is not None
 
 
 def _share(default: float) -> Real:
@@ -98,59 +103,59 @@ _PROBABILITY, _DEGREES, _SHIFT, _ZOOM = _share(1.0), Real(6.0, 0.0, 180.0), Real
 
 TRANSFORMS: dict[str, Transform] = {
     "scale_intensity": Transform(
-        False, {"low": Real(0.0), "high": Real(1.0)},
+        None, {"low": Real(0.0), "high": Real(1.0)},
         lambda monai, p, _: monai.ScaleIntensity(p["low"], p["high"]), ("low", "high")),
     "scale_percentiles": Transform(
-        False, {"lower": Real(1.0, 0.0, 100.0), "upper": Real(99.0, 0.0, 100.0)},
+        None, {"lower": Real(1.0, 0.0, 100.0), "upper": Real(99.0, 0.0, 100.0)},
         lambda monai, p, _: monai.ScaleIntensityRangePercentiles(p["lower"], p["upper"], 0.0, 1.0, clip=True),
         ("lower", "upper")),
     "window": Transform(
-        False, {"low": Real(None), "high": Real(None)},
+        None, {"low": Real(None), "high": Real(None)},
         lambda monai, p, _: monai.ScaleIntensityRange(p["low"], p["high"], 0.0, 1.0, clip=True), ("low", "high")),
     "normalise": Transform(
-        False, {"mean": Real(None), "std": Real(None, 0.0, above=True)},
+        None, {"mean": Real(None), "std": Real(None, 0.0, above=True)},
         lambda monai, p, _: monai.NormalizeIntensity(p["mean"], p["std"])),
     "equalise": Transform(
-        False, {}, lambda monai, p, _: monai.HistogramNormalize(num_bins=256, min=0.0, max=1.0)),
+        None, {}, lambda monai, p, _: monai.HistogramNormalize(num_bins=256, min=0.0, max=1.0)),
     "contrast": Transform(
-        False, {"gamma": Real(None, 0.1, 10.0)}, lambda monai, p, _: monai.AdjustContrast(p["gamma"])),
+        None, {"gamma": Real(None, 0.1, 10.0)}, lambda monai, p, _: monai.AdjustContrast(p["gamma"])),
     "resize": Transform(
-        False, {"mode": Choice("area", ("area", "bilinear", "nearest"))},
+        None, {"mode": Choice("area", ("area", "bilinear", "nearest"))},
         lambda monai, p, size: _resize(monai, size, p["mode"])),
     "random_flip": Transform(
-        True, {"probability": _share(0.5), "axis": Choice("horizontal", tuple(_AXES))},
-        lambda monai, p, _: monai.RandFlip(p["probability"], _AXES[p["axis"]]), moves="exactly"),
+        Flip, {"probability": _share(0.5), "axis": Choice("horizontal", tuple(_AXES))},
+        lambda monai, p, _: monai.RandFlip(p["probability"], _AXES[p["axis"]]), moves=True),
     "random_rotate": Transform(
-        True, {"probability": _PROBABILITY, "degrees": _DEGREES, "edge": _EDGE}, _rotate, moves="interpolating"),
+        Affine, {"probability": _PROBABILITY, "degrees": _DEGREES, "edge": _EDGE}, _rotate, moves=True),
     "random_shift": Transform(
-        True, {"probability": _PROBABILITY, "shift": _SHIFT, "edge": _EDGE}, _shift, moves="interpolating"),
+        Affine, {"probability": _PROBABILITY, "shift": _SHIFT, "edge": _EDGE}, _shift, moves=True),
     "random_zoom": Transform(
-        True, {"probability": _PROBABILITY, "zoom": _ZOOM, "edge": _EDGE}, _zoom, moves="interpolating"),
+        Affine, {"probability": _PROBABILITY, "zoom": _ZOOM, "edge": _EDGE}, _zoom, moves=True),
     "random_affine": Transform(
-        True, {"probability": _PROBABILITY, "degrees": _DEGREES, "shift": _SHIFT, "zoom": _ZOOM, "edge": _EDGE},
-        _affine, moves="interpolating"),
+        Affine, {"probability": _PROBABILITY, "degrees": _DEGREES, "shift": _SHIFT, "zoom": _ZOOM, "edge": _EDGE},
+        _affine, moves=True),
     "random_elastic": Transform(
-        True, {"probability": _share(0.3), "bend": Real(0.03, 0.0, 0.2), "edge": _EDGE}, _elastic,
-        moves="interpolating"),
+        Each, {"probability": _share(0.3), "bend": Real(0.03, 0.0, 0.2), "edge": _EDGE}, _elastic,
+        moves=True),
     "random_contrast": Transform(
-        True, {"probability": _share(0.5), "low": Real(0.8, 0.1, 10.0), "high": Real(1.25, 0.1, 10.0)},
+        Contrast, {"probability": _share(0.5), "low": Real(0.8, 0.1, 10.0), "high": Real(1.25, 0.1, 10.0)},
         lambda monai, p, _: monai.RandAdjustContrast(p["probability"], (p["low"], p["high"])), ("low", "high")),
     "random_brightness": Transform(
-        True, {"probability": _share(0.5), "offset": Real(0.1, 0.0, 10.0)},
+        Brightness, {"probability": _share(0.5), "offset": Real(0.1, 0.0, 10.0)},
         lambda monai, p, _: monai.RandShiftIntensity(p["offset"], prob=p["probability"])),
     "random_blur": Transform(
-        True, {"probability": _share(0.2), "sigma": Real(0.7, 0.0, 10.0, above=True)},
+        Each, {"probability": _share(0.2), "sigma": Real(0.7, 0.0, 10.0, above=True)},
         lambda monai, p, _: monai.RandGaussianSmooth(*[(0.01, p["sigma"])] * 3, prob=p["probability"])),
     "random_low_resolution": Transform(
-        True, {"probability": _share(0.25), "least": Real(0.5, 0.1, 1.0)},
+        Each, {"probability": _share(0.25), "least": Real(0.5, 0.1, 1.0)},
         lambda monai, p, size: monai.RandSimulateLowResolution(
             p["probability"], upsample_mode="bilinear" if len(size) == 2 else "trilinear",
             zoom_range=(p["least"], 1.0))),
     "random_bias_field": Transform(
-        True, {"probability": _share(0.2), "strength": Real(0.1, 0.0, 1.0)},
+        Each, {"probability": _share(0.2), "strength": Real(0.1, 0.0, 1.0)},
         lambda monai, p, _: monai.RandBiasField(coeff_range=(0.0, p["strength"]), prob=p["probability"])),
     "gaussian_noise": Transform(
-        True, {"probability": _share(0.5), "std": Real(0.05, 0.0, 10.0)},
+        Noise, {"probability": _share(0.5), "std": Real(0.05, 0.0, 10.0)},
         lambda monai, p, _: monai.RandGaussianNoise(p["probability"], 0.0, p["std"])),
 }  # fmt: skip
 """Every step that a study can name. Shifts and zooms are shares of the image, angles are degrees, both ways."""
@@ -161,8 +166,8 @@ def _resize(monai: Any, size: tuple[int, ...], mode: str) -> Any:
     return monai.Resize(size, mode=mode)
 
 
-class Pipeline:
-    """Some steps in their order.
+class Preparation:
+    """Some steps in their order, the same for every image.
 
     Args:
         entries: steps as a study writes them: {"name": ..., "parameters": {...}}.
@@ -174,74 +179,54 @@ class Pipeline:
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], size: Sequence[int]) -> None:
         self._size = tuple(size)
-        self._steps: list[Any] = []
-        self._moves: list[str] = []
+        self._steps = [made for made, _ in _made(entries, self._size)]
         self._resize: Any = None
-        for entry in entries:
-            if entry["name"] not in TRANSFORMS:
-                raise ValueError(str(fields.unknown("name", "transform", str(entry["name"]), TRANSFORMS)))
-            transform = TRANSFORMS[entry["name"]]
-            given = fields.read(transform.parameters, entry.get("parameters", {}))
-            self._steps.append(transform.make(_monai(), given, self._size))
-            self._moves.append(transform.moves)
 
-    @overload
-    def __call__(self, image: Image, seed: int = 0) -> Image: ...
-    @overload
-    def __call__(self, image: Image, seed: int, mask: Mask) -> tuple[Image, Mask]: ...
-    def __call__(self, image: Image, seed: int = 0, mask: Mask | None = None) -> Image | tuple[Image, Mask]:
-        """Apply the steps; random steps draw from `seed`.
+    def __call__(self, image: Image) -> Image:
+        """float32 [C, *any size] -> float32 [C, *input.size], never a view of what came in.
 
-        Args:
-            image: float32 [C, *any size].
-            mask: labels uint8 of the same size, [*any size], to be moved with the image.
-
-        Returns:
-            float32, or float32 and uint8; never a view of what came in.
+        Where no step has brought the image to the network's size it is resized, by area.
         """
         result: Any = np.array(image, dtype=np.float32)
-        labels: Any = None if mask is None else np.array(mask, dtype=np.float32)[None]
-        if not self._steps:
-            return result if mask is None else (result, mask.copy())
-        state = np.random.RandomState(seed % 2**32)
-        monai = _monai()
-        with _bare_arrays():
-            for step, moves in zip(self._steps, self._moves, strict=True):
-                if isinstance(step, monai.Randomizable):
-                    step.set_random_state(state=state)
-                before = state.get_state()
+        with bare_arrays():
+            for step in self._steps:
                 result = step(result)
-                if labels is not None and moves:
-                    # Drawn again from the same state: with randomize=False, MONAI's Rand2DElastic bends anew.
-                    after = state.get_state()
-                    state.set_state(before)
-                    labels = step(labels, **({"mode": "nearest"} if moves == "interpolating" else {}))
-                    state.set_state(after)
-        moved = np.array(result, dtype=np.float32)
-        return moved if mask is None else (moved, np.array(labels, dtype=np.uint8)[0])
-
-    def prepare(self, image: Image) -> Image:
-        """As a call, and then resized (by area) where no step has brought the image to the network's size."""
-        result = self(image)
-        if result.shape[1:] == self._size:
-            return result
-        if self._resize is None:
-            self._resize = _resize(_monai(), self._size, "area")
-        with _bare_arrays():
-            return np.array(self._resize(result), dtype=np.float32)
+            if tuple(result.shape[1:]) != self._size:
+                self._resize = self._resize or _resize(_monai(), self._size, "area")
+                result = self._resize(result)
+        return np.array(result, dtype=np.float32)
 
 
-def preparation(spec: Mapping[str, Any]) -> Callable[[Image], Image]:
-    """What every image goes through: float32 [C, *any size] -> float32 [C, *input.size], the same on every call."""
-    return Pipeline(spec["input"].get("transforms", ()), spec["input"]["size"]).prepare
+def preparation(spec: Mapping[str, Any]) -> Preparation:
+    """What every image of a study goes through."""
+    return Preparation(spec["input"].get("transforms", ()), spec["input"]["size"])
 
 
-def augmentation(spec: Mapping[str, Any]) -> Pipeline:
-    """What a training image goes through: (float32 [C, *input.size], seed) -> the same shape; equal for equal seeds.
+def augmentation(spec: Mapping[str, Any]) -> Augmentation:
+    """What the training images of a study go through."""
+    return augmenting(spec["input"].get("augmentation", ()), spec["input"]["size"])
 
-    With a third argument, a label map uint8 [*input.size], it gives both, moved together.
+
+def augmenting(entries: Sequence[Mapping[str, Any]], size: Sequence[int]) -> Augmentation:
+    """Random steps, as a study writes them, for images of this size.
+
+    Raises:
+        ValueError: a step or a parameter does not exist.
     """
-    return Pipeline(spec["input"].get("augmentation", ()), spec["input"]["size"])
+    made = _made(entries, tuple(size))
+    return Augmentation([entry.step(step, moves=entry.moves) for step, entry in made if entry.step is not None])
+
+
+def _made(entries: Sequence[Mapping[str, Any]], size: tuple[int, ...]) -> list[tuple[Any, Transform]]:
+    """MONAI's transform for each entry."""
+    made = []
+    for entry in entries:
+        if entry["name"] not in TRANSFORMS:
+            raise ValueError(str(fields.unknown("name", "transform", str(entry["name"]), TRANSFORMS)))
+        transform = TRANSFORMS[entry["name"]]
+        given = fields.read(transform.parameters, entry.get("parameters", {}))
+        made.append((transform.make(_monai(), given, size), transform))
+    return made
 
 
 def problems(section: Mapping[str, Any], size: tuple[int, ...]) -> list[Problem]:
@@ -283,19 +268,6 @@ def _step(entry: Any, where: str, *, random: bool) -> list[Problem]:
             what = f"{low} ({values[low]:g}) is not below {high} ({values[high]:g})"
             found.append(Problem(f"{where}.parameters.{low}", what, f"Write a {low} below {high}."))
     return found
-
-
-@contextmanager
-def _bare_arrays() -> Iterator[None]:
-    """Without MONAI's metadata, which nothing here reads and which takes half of the time."""
-    from monai.data.meta_obj import get_track_meta, set_track_meta
-
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
 
 
 def _monai() -> Any:

@@ -156,9 +156,9 @@ def test_the_proximal_term_is_the_gradient_of_half_mu_times_the_squared_distance
 def test_augmentation_gets_its_own_seed_for_every_image(network: torch.nn.Module) -> None:
     seeds: list[int] = []
 
-    def augment(image: np.ndarray, seed: int) -> np.ndarray:
-        seeds.append(seed)
-        return image
+    def augment(images: torch.Tensor, given: list[int]) -> tuple[torch.Tensor, None]:
+        seeds.extend(given)
+        return images, None
 
     step(network, PLAN, augment=augment)
     assert len(seeds) == len(set(seeds)) == 5 * 8

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import monai.transforms
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import transforms
-from models.transforms import TRANSFORMS, Pipeline
+from models import fields, transforms
+from models.transforms import TRANSFORMS, Preparation
 
 NEEDED = {
     "window": {"low": "0.2", "high": "0.8"},
@@ -20,14 +22,30 @@ NEEDED = {
 }
 RANDOM = [name for name, transform in TRANSFORMS.items() if transform.random]
 ALWAYS = {"probability": "1"}
+TURNS = [name for name in RANDOM if "edge" in TRANSFORMS[name].parameters]
 
 
 def image(*shape: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).random(shape, dtype=np.float32)
 
 
-def one(name: str, size: tuple[int, ...] = (32, 32), **parameters: Any) -> Pipeline:
-    return Pipeline([{"name": name, "parameters": {**NEEDED.get(name, {}), **parameters}}], size)
+def many(entries: Any, size: tuple[int, ...]) -> Any:
+    """Steps as a function of one image, a seed and perhaps a mask."""
+    if not all(TRANSFORMS[entry["name"]].random for entry in entries):
+        prepare = Preparation(entries, size)
+        return lambda image, seed=0: prepare(image)
+    augment = transforms.augmenting(entries, size)
+
+    def apply(image: Any, seed: int = 0, mask: Any = None) -> Any:
+        labels = None if mask is None else torch.tensor(mask[None])
+        images, masks = augment(torch.tensor(image[None]), [seed], labels)
+        return images[0].numpy() if masks is None else (images[0].numpy(), masks[0].numpy())
+
+    return apply
+
+
+def one(name: str, size: tuple[int, ...] = (32, 32), **parameters: Any) -> Any:
+    return many([{"name": name, "parameters": {**NEEDED.get(name, {}), **parameters}}], size)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 40), (1, 12, 16, 16)])
@@ -49,7 +67,7 @@ def test_every_step_keeps_type_and_channels_and_leaves_its_input_alone(name: str
 @given(st.lists(st.sampled_from(RANDOM), min_size=1, max_size=3), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 def test_a_seed_decides_alone(names: list[str], seed: int, other: int) -> None:
     steps = [{"name": name, "parameters": ALWAYS} for name in names]
-    first, second = Pipeline(steps, (16, 16)), Pipeline(steps, (16, 16))
+    first, second = many(steps, (16, 16)), many(steps, (16, 16))
     expected = first(image(1, 16, 16), seed)
     first(image(1, 16, 16, seed=1), other)
     np.random.seed(other % 2**32)
@@ -71,6 +89,80 @@ def test_seeds_give_different_images_and_probability_nought_gives_the_same(name:
 @pytest.mark.parametrize("name", [name for name in TRANSFORMS if name not in RANDOM])
 def test_preparation_does_not_know_the_seed(name: str) -> None:
     np.testing.assert_array_equal(one(name)(image(1, 32, 32), 1), one(name)(image(1, 32, 32), 2))
+
+
+def by_monai(entries: Any, source: Any, seed: int) -> Any:
+    """The same steps, done by MONAI to one image."""
+    state, result = np.random.RandomState(seed), source
+    for entry in entries:
+        transform = TRANSFORMS[entry["name"]]
+        step = transform.make(
+            monai.transforms, fields.read(transform.parameters, entry["parameters"]), source.shape[1:]
+        )
+        step.set_random_state(state=state)
+        result = step(result)
+    return np.asarray(result)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 24, 40), (2, 12, 16, 20)])
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_step_does_what_MONAI_does_for_the_same_seed(name: str, shape: tuple[int, ...]) -> None:
+    source = image(*shape, seed=2) - 0.25
+    for parameters in ({}, ALWAYS, *({**ALWAYS, "edge": edge} for edge in ("zeros", "reflection") if name in TURNS)):
+        entries = [{"name": name, "parameters": parameters}]
+        for seed in range(5):
+            found = many(entries, shape[1:])(source, seed)
+            np.testing.assert_allclose(found, by_monai(entries, source, seed), atol=2e-5)
+
+
+def test_a_mask_goes_where_MONAI_takes_it() -> None:
+    """But for pixels that lie half way between two of the source's."""
+    mask, turn = np.random.default_rng(3).integers(0, 4, (40, 48)).astype(np.uint8), math.radians(20)
+    for seed in range(5):
+        theirs = monai.transforms.RandAffine(
+            1.0, turn, None, [0.1 * 40, 0.1 * 48], [0.2, 0.2], (40, 48), "nearest", "border"
+        )
+        theirs.set_random_state(state=np.random.RandomState(seed))
+        ours = one("random_affine", (40, 48), degrees="20", shift="0.1", zoom="0.2", **ALWAYS)
+        found = ours(mask[None].astype(np.float32), seed, mask)[1]
+        assert (found == np.asarray(theirs(mask[None].astype(np.float32)))[0]).mean() > 0.999
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.sampled_from(RANDOM), min_size=1, max_size=4),
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=9),
+    st.sampled_from([(15, 17), (5, 7, 6)]),
+)
+def test_an_image_does_not_notice_what_else_is_in_its_batch(names: Any, seeds: Any, size: tuple[int, ...]) -> None:
+    """To the last bit, or a patient's clipped gradient would depend on who else was sampled (RULES N4)."""
+    augment = transforms.augmenting([{"name": name, "parameters": {}} for name in names], size)
+    images = torch.from_numpy(image(len(seeds), 2, *size))
+    masks = (images[:, 0] > 0.5).to(torch.uint8)
+    before = images.clone(), masks.clone()
+    together, labels = augment(images, seeds, masks)
+    for place, seed in enumerate(seeds):
+        alone, label = augment(images[place : place + 1], [seed], masks[place : place + 1])
+        assert torch.equal(together[place], alone[0])
+        assert torch.equal(labels[place], label[0])
+    assert torch.equal(images, before[0])
+    assert torch.equal(masks, before[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize("size", [(32, 40), (12, 16, 16)])
+def test_on_a_gpu_a_batch_is_augmented_as_on_the_processor(size: tuple[int, ...]) -> None:
+    names = [name for name in RANDOM if transforms.augmenting([{"name": name}], size).anywhere]
+    assert {"random_flip", "random_affine", "random_contrast"} <= set(names)
+    for name in names:
+        augment = transforms.augmenting([{"name": name, "parameters": ALWAYS}], size)
+        images, seeds = torch.from_numpy(image(8, 1, *size)), list(range(8))
+        masks = (images[:, 0] > 0.5).to(torch.uint8)
+        there, moved = augment(images.cuda(), seeds, masks.cuda())
+        here, labels = augment(images, seeds, masks)
+        assert there.is_cuda
+        torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)
+        assert (moved.cpu() == labels).float().mean() > 0.999
 
 
 EXPECTED = [
@@ -130,7 +222,7 @@ def test_steps_work_in_their_order() -> None:
         {"name": "normalise", "parameters": {"mean": "1", "std": "1"}},
     ]
     source = image(1, 8, 8)
-    forward, backward = Pipeline(steps, (8, 8))(source), Pipeline(steps[::-1], (8, 8))(source)
+    forward, backward = many(steps, (8, 8))(source), many(steps[::-1], (8, 8))(source)
     assert (float(forward.min()), float(backward.min())) == pytest.approx((-1, 0))
 
 
@@ -138,7 +230,7 @@ def test_monai_is_left_as_it_was(spec_with: Any) -> None:
     from monai.data.meta_obj import get_track_meta
 
     before = get_track_meta()
-    transforms.augmentation(spec_with())(image(1, 32, 32), 1)
+    transforms.augmentation(spec_with())(torch.from_numpy(image(1, 1, 32, 32)), [1])
     assert get_track_meta() == before
 
 
@@ -152,7 +244,7 @@ def test_monai_is_left_as_it_was(spec_with: Any) -> None:
 )
 def test_a_step_that_does_not_exist_is_refused(entry: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Pipeline([entry], (8, 8))
+        transforms.augmenting([entry], (8, 8))
 
 
 MOVES = [name for name, transform in TRANSFORMS.items() if transform.moves]
@@ -185,7 +277,7 @@ def test_a_mask_follows_its_image(name: str, size: tuple[int, ...]) -> None:
 
 def test_several_steps_move_a_mask_as_one() -> None:
     steps = [{"name": name, "parameters": ALWAYS} for name in MOVES]
-    pipeline, mask = Pipeline(steps, (32, 32)), np.zeros((32, 32), np.uint8)
+    pipeline, mask = many(steps, (32, 32)), np.zeros((32, 32), np.uint8)
     mask[8:20, 10:24] = 1
     for seed in range(10):
         image, labels = pipeline(mask[None].astype(np.float32), seed, mask)
@@ -195,7 +287,7 @@ def test_several_steps_move_a_mask_as_one() -> None:
 
 def test_no_step_gives_copies() -> None:
     mask = np.ones((8, 8), np.uint8)
-    picture, labels = Pipeline([], (8, 8))(image(1, 8, 8), 0, mask)
+    picture, labels = many([], (8, 8))(image(1, 8, 8), 0, mask)
     assert not np.shares_memory(labels, mask)
     np.testing.assert_array_equal(labels, mask)
     assert picture.shape == (1, 8, 8)

@@ -138,9 +138,9 @@ def test_N1_the_sample_the_images_and_their_augmentation_follow_the_operating_sy
 ) -> None:
     each, seen = 6, list[tuple[int, int]]()
 
-    def augment(image: np.ndarray, seed: int) -> np.ndarray:
-        seen.append((int(image.flat[0]), seed))
-        return image + np.float32(seed / 2**32)
+    def augment(images: torch.Tensor, seeds: list[int]) -> tuple[torch.Tensor, None]:
+        seen.extend(zip(images[:, 0, 0, 0].int().tolist(), seeds, strict=True))
+        return images + torch.tensor(seeds)[:, None, None, None] / 2**32, None
 
     places = np.arange(40 * each, dtype=np.float32)[:, None, None, None] * np.ones((1, 1, 8, 8), np.float32)
     own = study("shared", sampling_rate="0.5", images_per_patient=2, augmentations=2)

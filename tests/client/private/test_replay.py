@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def step(
     network: torch.nn.Module,
     patients: list[Patient],
     constants: Constants = CONSTANTS,
-    augment: Callable[..., np.ndarray] | None = None,
+    augment: Callable[..., Any] | None = None,
 ) -> Seen:
     found, asked = cohort(patients), list[bool]()
     with watched(network) as (passes, lines):
@@ -173,12 +174,12 @@ def test_N4_an_image_that_cannot_be_augmented_counts_its_patient_as_absent_and_n
     network: torch.nn.Module,
 ) -> None:
     odd = Patient(2)
-    bad = cohort([*OTHERS, odd]).images[-1]
+    bad = torch.from_numpy(cohort([*OTHERS, odd]).images[-1])
 
-    def augment(image: np.ndarray, seed: int) -> np.ndarray:
-        if np.array_equal(image, bad):
+    def augment(images: torch.Tensor, seeds: list[int]) -> tuple[torch.Tensor, None]:
+        if any(torch.equal(image, bad) for image in images):
             raise RuntimeError("an odd image")
-        return image
+        return images, None
 
     without, with_him = (step(network, patients, augment=augment) for patients in (OTHERS, [*OTHERS, odd]))
     np.testing.assert_allclose(with_him.sums, without.sums, atol=1e-6)
