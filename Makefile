@@ -17,6 +17,7 @@ help:
 	@echo "make bench-dp    clipping each patient's gradient, beside Opacus and beside training without"
 	@echo "make bench-privacy  the same epsilon: pooled, shared noise, noise of each hospital, a hospital alone"
 	@echo "make bench-at_work  200 private steps in the running federation, an agent killed half way, and in one process"
+	@echo "make bench-feeding images a second in training, and how much of a step waits for them"
 	@echo "make bench-imaging files a second, indexed and decoded, beside pydicom and MONAI"
 	@echo "make bench-learning  real sets: hospitals alone, together and pooled (hours; may be broken off and started again)"
 

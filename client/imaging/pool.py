@@ -2,14 +2,16 @@
 
 Work goes in small chunks to a few fresh processes and comes back in order. When a process dies, the chunks that were
 under way are tried again one item at a time, and the item that kills its process again is given up by name: a file
-that crashes a C library costs that file and never the agent. Where no process can be started at all, the work is done
-here.
+that crashes a C library costs that file and never the agent. A process ends with the one that started it, even when
+that is killed. Where no process can be started at all, the work is done here.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -102,10 +104,16 @@ def _all(work: Callable[[_In], _Out], part: Sequence[_In]) -> list[_Out]:
 
 def _executor(processes: int) -> ProcessPoolExecutor:
     # Fresh processes, since forking one with threads, locks and torch in it is not safe.
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_obey)
 
 
-def _quiet() -> None:
-    import signal
+def _obey() -> None:
+    """The parent decides when to stop, and its end is the end: a process left over would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

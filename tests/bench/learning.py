@@ -29,9 +29,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from client import training
-from client.imaging import Membership, Source, load
-from models import networks, plots, tasks, transforms, weights
+from models import plots, tasks
 from privacy.canonical import canonical, sha256
 from privacy.study import Study
 from server import arms
@@ -176,28 +174,6 @@ def _give(half: float) -> str:
     return f", ± {half:.1f}" if math.isfinite(half) else ""
 
 
-def waiting(name: str, steps: int = 30) -> Line:
-    """How much of a step the network waits for its images, at one hospital of a set, once they are prepared."""
-    import torch
-
-    bench = SETS[name]
-    sites = bench.hospitals(ROOT / "data" / name)
-    draft = study(bench, sites, 1)
-    spec = draft.spec()
-    source = Source.from_file(ROOT / "data" / name / sites[0] / "source.toml")
-    task = tasks.get(spec)
-    cohort = load(source, spec["input"], spec["task"]["classes"], spec["split"], bytes(32), None, target=task.target)
-    network = networks.build(spec).to("cuda" if torch.cuda.is_available() else "cpu")
-    plan, vector = training.Plan.of(draft), weights.trainable_vector(network)
-    plan = type(plan)(**{**plan.__dict__, "local_steps": steps})
-    augment = transforms.augmentation(spec)
-    training.train(network, task, cohort, plan, 1, vector.copy(), augment=augment)
-    trained = training.train(network, task, cohort, plan, 1, vector, augment=augment)
-    assert len(cohort.indices(Membership.TRAIN))
-    step, share = trained.seconds / trained.steps, 100 * trained.waited / trained.seconds
-    return Line(f"  of a step ({1000 * step:.0f} ms) waited for images", "%", share)
-
-
 def picture(all_found: dict[str, Figures], path: Path) -> None:
     """All sets in one plot: on the left the figures, on the right the paired differences with their intervals."""
     figure = Figure(figsize=(11.0, 1.8 + 0.55 * len(all_found)), layout="constrained")
@@ -287,8 +263,6 @@ def main() -> None:
             continue
         found[name] = one
         table += lines(name, one)
-        if not chosen.show:
-            table.append(waiting(name))
     show("learning", "Alone, together, pooled", table, notes)
     if found:
         picture(found, FOLDER / "learning.png")
