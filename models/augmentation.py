@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 States = Sequence[np.random.RandomState]
+_ALONE = threading.RLock()
 
 
 class Step(ABC):
@@ -192,7 +193,7 @@ class Augmentation:
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps, self._kept = steps, threading.local()
+        self._steps, self._states = steps, list[np.random.RandomState]()
         self.anywhere = all(step.anywhere for step in steps)
 
     def __call__(
@@ -212,19 +213,15 @@ class Augmentation:
 
         images = images.clone(memory_format=torch.contiguous_format)
         labels = None if masks is None else masks[:, None].to(torch.float32)
-        states = self._states(seeds)
         with bare_arrays():
+            # Kept for the next batch: to make one takes longer than to seed it.
+            self._states += [np.random.RandomState() for _ in range(len(seeds) - len(self._states))]
+            states = self._states[: len(seeds)]
+            for state, seed in zip(states, seeds, strict=True):
+                state.seed(seed % 2**32)
             for step in self._steps:
                 step(images, labels, states)
         return images, None if labels is None or masks is None else labels[:, 0].to(masks.dtype)
-
-    def _states(self, seeds: Sequence[int]) -> States:
-        """One for each image, kept for this thread's next batch: to make one takes longer than to seed it."""
-        states: list[np.random.RandomState] = self._kept.__dict__.setdefault("states", [])
-        states += [np.random.RandomState() for _ in range(len(seeds) - len(states))]
-        for state, seed in zip(states, seeds, strict=False):
-            state.seed(seed % 2**32)
-        return states[: len(seeds)]
 
 
 def _matrices(drawn: list[Any]) -> Any:
@@ -241,12 +238,16 @@ def _matrices(drawn: list[Any]) -> Any:
 
 @contextmanager
 def bare_arrays() -> Iterator[None]:
-    """Without MONAI's metadata, which nothing here reads and which takes half of the time."""
+    """Without MONAI's metadata, which nothing here reads and which takes half of the time.
+
+    One thread at a time: MONAI's switch is the whole process's, and its transforms keep what they drew.
+    """
     from monai.data.meta_obj import get_track_meta, set_track_meta
 
-    before = get_track_meta()
-    set_track_meta(False)
-    try:
-        yield
-    finally:
-        set_track_meta(before)
+    with _ALONE:
+        before = get_track_meta()
+        set_track_meta(False)
+        try:
+            yield
+        finally:
+            set_track_meta(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import monai.transforms
@@ -147,6 +148,16 @@ def test_an_image_does_not_notice_what_else_is_in_its_batch(names: Any, seeds: A
         assert torch.equal(labels[place], label[0])
     assert torch.equal(images, before[0])
     assert torch.equal(masks, before[1])
+
+
+def test_threads_that_augment_with_the_same_steps_do_not_disturb_each_other() -> None:
+    """A batch that a stopped training no longer wants may still be under way when the next one begins."""
+    augment = transforms.augmenting([{"name": name} for name in ("random_affine", "random_elastic")], (12, 12))
+    images = torch.from_numpy(image(16, 1, 12, 12))
+    expected = [augment(images, list(range(start, start + 16)))[0] for start in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda turn: augment(images, list(range(turn % 8, turn % 8 + 16)))[0], range(64)))
+    assert all(torch.equal(one, expected[turn % 8]) for turn, one in enumerate(found))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
