@@ -176,6 +176,11 @@ class Each(Step):
         for place, state in enumerate(states):
             self._transform.set_random_state(state=state)
             before = state.get_state()
+            spared = state.rand() >= self._transform.prob  # MONAI's first draw is this coin
+            state.set_state(before)
+            if spared:
+                self._transform.randomize(None)  # draws what it would have drawn, and does nothing
+                continue
             images[place] = torch.as_tensor(self._transform(images[place].clone()))
             if masks is not None and self._moves:
                 # Drawn again from the same state: with randomize=False, MONAI's Rand2DElastic bends anew.

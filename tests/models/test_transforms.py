@@ -111,6 +111,7 @@ def test_a_step_does_what_MONAI_does_for_the_same_seed(name: str, shape: tuple[i
     source = image(*shape, seed=2) - 0.25
     for parameters in ({}, ALWAYS, *({**ALWAYS, "edge": edge} for edge in ("zeros", "reflection") if name in TURNS)):
         entries = [{"name": name, "parameters": parameters}]
+        entries.append({"name": "gaussian_noise", "parameters": ALWAYS})  # which shows that as much was drawn before it
         for seed in range(5):
             found = many(entries, shape[1:])(source, seed)
             np.testing.assert_allclose(found, by_monai(entries, source, seed), atol=2e-5)
