@@ -30,8 +30,16 @@ def main():
 """
 
 
-def interrupted(folder: Path, when: str, before: str = "") -> tuple[int, str, str]:
-    """A command that takes long to load, or to run, and Ctrl-C in the middle of that."""
+LISTEN, IGNORE = (
+    f"import signal; signal.signal(signal.SIGINT, signal.{how})" for how in ("default_int_handler", "SIG_IGN")
+)
+
+
+def interrupted(folder: Path, when: str, before: str = LISTEN) -> tuple[int, str, str]:
+    """A command that takes long to load, or to run, and Ctrl-C in the middle of that.
+
+    Whether these tests are a script's background job, which starts without Ctrl-C, makes no difference.
+    """
     (folder / "slow.py").write_text(SLOW)
     process = subprocess.Popen(
         [sys.executable, "-c", f"{before}\nfrom privacy.start import start; start('slow')", when],
@@ -44,7 +52,7 @@ def interrupted(folder: Path, when: str, before: str = "") -> tuple[int, str, st
     assert process.stdout.readline() == f"{when}\n"
     process.send_signal(signal.SIGINT)
     try:
-        out, err = process.communicate(timeout=3 if before else 30)
+        out, err = process.communicate(timeout=3 if before == IGNORE else 30)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
@@ -60,8 +68,7 @@ def test_an_interrupt_of_a_running_command_is_its_own_affair(tmp_path: Path) -> 
 
 
 def test_a_command_that_ignores_interrupts_goes_on_doing_so(tmp_path: Path) -> None:
-    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    assert interrupted(tmp_path, "loading", ignore)[0] == -signal.SIGKILL, "it waited on"
+    assert interrupted(tmp_path, "loading", IGNORE)[0] == -signal.SIGKILL, "it waited on"
 
 
 def scripts() -> dict[str, str]:
