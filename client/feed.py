@@ -114,7 +114,7 @@ class Feed:
         return self._augment(images, seeds)[0], targets
 
     def _send(self, tensor: Tensor) -> Tensor:
-        if self._device.type != "cuda" or tensor.device == self._device:
+        if self._device.type != "cuda" or tensor.is_cuda:
             return tensor
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self._device, non_blocking=True)
 
