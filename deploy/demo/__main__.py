@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +53,7 @@ def demo(
     Example: python -m deploy.demo --data ../chest_xray_pneumonia
     """
     for number in ending():
-        signal.signal(number, _leave)
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs start without
     console, begun = Console(), time.monotonic()
     _heading(console, "1", "The hospitals and their images")
@@ -183,14 +181,6 @@ def _environment() -> dict[str, str]:
 
 def _heading(console: Console, number: str, text: str) -> None:
     console.print(f"\n[bold cyan]{number}[/]  [bold]{text}[/]")
-
-
-def _leave(received: int, _: object) -> None:
-    """End, and ask again in a while: an exception that is raised while a destructor runs is dropped by Python."""
-    again = threading.Timer(1.0, os.kill, (os.getpid(), received))
-    again.daemon = True
-    again.start()
-    sys.exit(128 + received)
 
 
 def _shown(console: Console, line: str) -> None:

@@ -22,8 +22,9 @@ FILES = PICTURES | {"index.html", "MODEL_CARD.md", "model.safetensors", "metrics
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen:
+    listening = ["env", "--default-signal=HUP"]  # else it would do as `nohup make test-long` says and not listen
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.demo", "--out", str(out), *arguments],
+        [*listening, sys.executable, "-m", "deploy.demo", "--out", str(out), *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
