@@ -330,7 +330,7 @@ SETS: dict[str, Bench] = {
         "hippocampus_msd04", _hippocampus,
         _plan(
             "hippocampus", "background anterior posterior", "32, 48, 32",
-            **(_MASK | {"rate": "0.009"}), batch=2, rounds=200, steps=2, augmentation=_FLIP,
+            **(_MASK | {"rate": "0.009"}), batch=2, rounds=300, steps=2, augmentation=_FLIP,
         ), 2.0,
     ),
 }  # fmt: skip
