@@ -174,12 +174,12 @@ class Preparation:
         size: the network's input in pixels.
 
     Raises:
-        ValueError: a step or a parameter does not exist.
+        ValueError: a step or a parameter does not exist, or the step does not belong here.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], size: Sequence[int]) -> None:
         self._size = tuple(size)
-        self._steps = [made for made, _ in _made(entries, self._size)]
+        self._steps = [made for made, _ in _made(entries, self._size, random=False)]
         self._resize: Any = None
 
     def __call__(self, image: Image) -> Image:
@@ -211,18 +211,18 @@ def augmenting(entries: Sequence[Mapping[str, Any]], size: Sequence[int]) -> Aug
     """Random steps, as a study writes them, for images of this size.
 
     Raises:
-        ValueError: a step or a parameter does not exist.
+        ValueError: a step or a parameter does not exist, or the step does not belong here.
     """
-    made = _made(entries, tuple(size))
+    made = _made(entries, tuple(size), random=True)
     return Augmentation([entry.step(step, moves=entry.moves) for step, entry in made if entry.step is not None])
 
 
-def _made(entries: Sequence[Mapping[str, Any]], size: tuple[int, ...]) -> list[tuple[Any, Transform]]:
+def _made(entries: Sequence[Mapping[str, Any]], size: tuple[int, ...], *, random: bool) -> list[tuple[Any, Transform]]:
     """MONAI's transform for each entry."""
     made = []
     for entry in entries:
-        if entry["name"] not in TRANSFORMS:
-            raise ValueError(str(fields.unknown("name", "transform", str(entry["name"]), TRANSFORMS)))
+        if wrong := _step(entry, "name", random=random):
+            raise ValueError(str(wrong[0]))
         transform = TRANSFORMS[entry["name"]]
         given = fields.read(transform.parameters, entry.get("parameters", {}))
         made.append((transform.make(_monai(), given, size), transform))

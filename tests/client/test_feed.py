@@ -120,5 +120,5 @@ def test_on_a_gpu_the_same_images_come_wherever_they_are_kept_and_augmented(
         there = walk(Feed(data, MASKED, torch.device("cuda"), augment))
         assert bool(data.__dict__.get("_resident")) == (share > 0 and "random_elastic" not in names)
         for (image, mask), (expected, moved) in zip(there, here, strict=True):
-            np.testing.assert_allclose(image, expected, atol=1e-4)
+            np.testing.assert_allclose(image, expected, rtol=1e-5, atol=1e-4)
             np.testing.assert_array_equal(mask, moved)

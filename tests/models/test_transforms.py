@@ -247,16 +247,18 @@ def test_monai_is_left_as_it_was(spec_with: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("build", "entry", "words"),
     [
-        ({"name": "random_filp"}, "Did you mean random_flip"),
-        ({"name": "window", "parameters": {"low": "1"}}, "missing"),
-        ({"name": "gaussian_noise", "parameters": {"std": "-1"}}, "a number from 0"),
+        (transforms.augmenting, {"name": "random_filp"}, "Did you mean random_flip"),
+        (Preparation, {"name": "window", "parameters": {"low": "1"}}, "missing"),
+        (transforms.augmenting, {"name": "gaussian_noise", "parameters": {"std": "-1"}}, "a number from 0"),
+        (transforms.augmenting, {"name": "scale_intensity"}, "is not random"),
+        (Preparation, {"name": "random_flip"}, "is random"),
     ],
 )
-def test_a_step_that_does_not_exist_is_refused(entry: Any, words: str) -> None:
+def test_a_step_that_does_not_exist_or_belongs_elsewhere_is_refused(build: Any, entry: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        transforms.augmenting([entry], (8, 8))
+        build([entry], (8, 8))
 
 
 MOVES = [name for name, transform in TRANSFORMS.items() if transform.moves]

@@ -1,4 +1,4 @@
-"""Processes that read files: they end with the agent, whatever ended it."""
+"""Processes that read files: they end with the process that started them, an agent's, whatever ended that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 """
 
 
-def test_no_process_outlives_a_killed_agent(tmp_path: Path) -> None:
+def test_no_process_outlives_the_killed_one_that_started_it(tmp_path: Path) -> None:
     """They hold images in memory and files open."""
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
