@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-_DUPLICATES = {"DynUNet": ("input_block", "downsamples", "bottleneck", "upsamples"), "SegResNet": ("act_mod",)}
+DUPLICATES = {"DynUNet": ("input_block", "downsamples", "bottleneck", "upsamples"), "SegResNet": ("act_mod",)}
 """Names under which a network holds layers that its forward pass reaches by another name."""
 
 
@@ -24,13 +24,14 @@ def adapt(module: nn.Module, norm: str, groups: int) -> nn.Module:
 
     Args:
         module: fresh from MONAI, built with its batch norms.
-        norm: "group", "instance" or "none", which takes the place of every batch and instance norm.
+        norm: "group", "instance" or "none", which takes the place of every batch and instance norm, or "frozen", which
+            takes that of batch norms.
         groups: groups of channels wished for; a layer whose channels cannot be divided so takes the largest common
             divisor, and one with no more channels than that takes one group.
     """
     from torch import nn
 
-    for name in _DUPLICATES.get(type(module).__name__, ()):
+    for name in DUPLICATES.get(type(module).__name__, ()):
         delattr(module, name)
     swish, residuals = _monai_parts()
     for parent in list(module.modules()):
@@ -75,9 +76,14 @@ def check(module: nn.Module) -> None:
 def _norm(given: nn.Module, norm: str, groups: int) -> nn.Module:
     from torch import nn
 
+    from models.frozen import FrozenNorm
+
     channels = int(given.num_features)  # type: ignore[arg-type]
     if norm == "none":
         return nn.Identity()
+    if norm == "frozen":
+        batch = isinstance(given, nn.modules.batchnorm._BatchNorm)
+        return FrozenNorm(channels, float(given.eps)) if batch else given  # type: ignore[arg-type]
     if norm == "instance":
         kind = nn.InstanceNorm3d if isinstance(given, nn.BatchNorm3d | nn.InstanceNorm3d) else nn.InstanceNorm2d
         return kind(channels, affine=True)

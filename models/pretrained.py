@@ -2,20 +2,25 @@
 
 The file is any safetensors file whose tensors have the names of the study's network: a model that a study published,
 or weights from outside that somebody has brought into that form. What belongs to the question asked may differ: last
-layers of another shape start fresh, and so do low-rank additions that the file lacks. Everything else must fit, so
-that a study never trains by mistake on a backbone that was left at random.
+layers of another shape start fresh, and so do low-rank additions that the file lacks. A network for grey images takes
+one for colour: its first convolution adds up what the other has for red, green and blue, which is what the other does
+with a grey image. A convolution without bias is one with a bias of zero. Everything else must fit, so that a study
+never trains by mistake on a backbone that was left at random or computes something else than what was learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models import networks, transfer, weights
+from models.adapters import DUPLICATES
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""What a batch norm keeps of its images; no norm of ours has a place for it."""
+if TYPE_CHECKING:
+    from torch import nn
+
+_COLOURS = 3
 
 
 def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
@@ -32,6 +37,8 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
     """
     import torch
 
+    from models.frozen import STATISTICS, folded
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = networks.build(spec)
@@ -44,6 +51,14 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
                 'take the weights that they were trained on, or train = "lora" again'
             )
         found = transfer.merged(found)
+    if spec["network"].get("norm", "group") == "frozen":
+        found = folded(module, found)
+    elif norms := sorted(name for name in found if name.endswith(STATISTICS[0])):
+        raise ValueError(
+            f"these weights were trained with batch norm ({norms[0]!r}), and another norm computes something else: "
+            'write [network] norm = "frozen"'
+        )
+    found = _spelled(module, found)
     for name, tensor in own.items():
         array = found.pop(name, None)
         if array is None and (f".{transfer.DOWN}." in name or f".{transfer.UP}." in name):
@@ -56,10 +71,28 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
         elif not name.startswith(head):
             shapes = f"{list(array.shape)}, not {list(tensor.shape)}"
             raise ValueError(f"these weights belong to another network: tensor {name!r} is {shapes}")
-    extra = sorted(name for name in found if not name.endswith(_STATISTICS))
+    extra = sorted(name for name in found if not name.endswith(STATISTICS))
     if extra:
         raise ValueError(f"these weights belong to another network: tensor {extra[0]!r} is unknown")
     return weights.state_bytes(module)
+
+
+def _spelled(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors as the network has them: once, for its channels, with a bias of zero where there was none."""
+    import numpy as np
+    from torch.nn.modules.conv import _ConvNd
+
+    twice = tuple(f"{name}." for name in DUPLICATES.get(type(module).__name__, ()))
+    found = {name: array for name, array in arrays.items() if not name.startswith(twice)}
+    for name, part in module.named_modules():
+        weight = found.get(f"{name}.weight")
+        if not isinstance(part, _ConvNd) or weight is None:
+            continue
+        if part.bias is not None:
+            found.setdefault(f"{name}.bias", np.zeros(part.out_channels, np.float32))
+        if part.in_channels == 1 and weight.shape[1:2] == (_COLOURS,):
+            found[f"{name}.weight"] = weight.sum(1, keepdims=True)
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -68,6 +101,8 @@ def _read(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from models.frozen import STATISTICS
+
     with path.open("rb"):  # its own error where it cannot be read
         pass
     try:
@@ -75,6 +110,6 @@ def _read(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError("this is not a safetensors file: convert the weights, and never unpickle them here") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and not name.endswith(_STATISTICS):
+        if not tensor.is_floating_point() and not name.endswith(STATISTICS):
             raise ValueError(f"tensor {name!r} is {tensor.dtype}: only real numbers can be trained on")
     return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}

@@ -46,6 +46,8 @@ def freeze(module: nn.Module, spec: Mapping[str, Any], head: str) -> nn.Module:
     """
     from torch import nn
 
+    from models.frozen import FrozenNorm
+
     section = spec.get("transfer", {})
     train = section.get("train", "all")
     if train == "all":
@@ -54,7 +56,7 @@ def freeze(module: nn.Module, spec: Mapping[str, Any], head: str) -> nn.Module:
     last = module.get_submodule(head)
     kept = set(last.modules())
     for part in list(module.modules()):
-        if train == "adapters" and isinstance(part, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
+        if train == "adapters" and isinstance(part, nn.GroupNorm | FrozenNorm | nn.modules.instancenorm._InstanceNorm):
             part.requires_grad_(True)
         if train == "lora" and part not in kept and type(part) in _low_rank():
             _add(part, section.get("rank", 4))

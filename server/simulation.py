@@ -178,7 +178,14 @@ class Simulation:
     """
 
     def __init__(
-        self, data: Path, sites: Sequence[str], *, seed: int = DEAL_SEED, pooled: bool = False, threads: int = 0
+        self,
+        data: Path,
+        sites: Sequence[str],
+        *,
+        seed: int = DEAL_SEED,
+        pooled: bool = False,
+        threads: int = 0,
+        initial: Path | None = None,
     ) -> None:
         """Plan a simulation.
 
@@ -188,8 +195,10 @@ class Simulation:
             seed: deals patients out to hospitals, and to the sides of the split where the images bring none.
             pooled: also make the hospital that holds everything.
             threads: for computing; 0 leaves torch's own choice. Results repeat for the same number only.
+            initial: weights that every study starts from (safetensors); None makes fresh ones from its seed.
         """
         self._data, self._seed, self._pooled, self._threads = data, seed, pooled, threads
+        self._initial = initial
         self.sites = tuple(sites)
         self.classes: tuple[str, ...] = ()
         self.images: dict[str, int] = {}
@@ -233,7 +242,7 @@ class Simulation:
         """
         from server.commands.signing import sign_study
 
-        record = sign_study(self.registry, self.identity, draft, None)
+        record = sign_study(self.registry, self.identity, draft, self._initial)
         roster, _ = self.registry.roster()
         documents = {"study": record.document.encode().hex(), "roster": roster.encode().hex()}
         self.hospitals.call("approve", **documents, sites=record.study.sites)

@@ -32,14 +32,15 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from client.private.groups import Run, per_group
-from models import standardised
+from models import frozen, standardised
 
 Runs = tuple[Run, ...]
 NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Bilinear)
 """Layers whose per-patient gradients torch.func derives."""
-SUPPORTED = (*standardised.KINDS.values(), nn.Linear, nn.PReLU, *CONVOLUTIONS, *NORMS, *OTHERS)  # subclasses first
+_OWN = (*standardised.KINDS.values(), frozen.FrozenNorm)  # subclasses of torch's come first
+SUPPORTED = (*_OWN, nn.Linear, nn.PReLU, *CONVOLUTIONS, *NORMS, *OTHERS)
 
 _CHUNK = 1 << 24
 """Numbers in one array of pixel products, or of patches."""
@@ -70,10 +71,8 @@ class Product(Protocol):
 def known(layer: nn.Module) -> bool:
     """Whether the layer is one of those above and computes as torch has it."""
     base = next((kind for kind in SUPPORTED if isinstance(layer, kind)), None)
-    if base is None:
-        return False
     methods = ("forward", "_conv_forward", "_output_padding", "effective")
-    return all(getattr(type(layer), name, None) is getattr(base, name, None) for name in methods)
+    return base is not None and all(getattr(type(layer), name, None) is getattr(base, name, None) for name in methods)
 
 
 def small(
@@ -94,6 +93,8 @@ def small(
     elif isinstance(layer, NORMS):
         gamma, beta = _norm(layer, inputs[0], g)
         found = {"weight": lambda: gamma, "bias": lambda: beta}
+    elif isinstance(layer, frozen.FrozenNorm):
+        found = {"scale": lambda: (inputs[0] * g).flatten(2).sum(2), "shift": lambda: g.flatten(2).sum(2)}
     elif isinstance(layer, nn.PReLU):
         found = {"weight": lambda: _slope(layer, inputs[0], g)}
     else:
@@ -257,8 +258,7 @@ class _Convolution:
         source, narrow = self._maps()
         source = functional.pad(source, [edge for edge in reversed(padding) for _ in range(2)])
         shifts = self._shifts(narrow.shape[2:], stride, dilation)
-        each = run.size * len(shifts) * source.shape[1] * math.prod(narrow.shape[2:])
-        step = max(1, _CHUNK // each)
+        step = max(1, _CHUNK // (run.size * len(shifts) * source.shape[1] * math.prod(narrow.shape[2:])))
         x, g = (_grouped(part, run) for part in (source, narrow))
         for at in range(0, run.groups, step):
             part = x[at : at + step]

@@ -17,6 +17,10 @@ PROGRAM = "consilium-coordinator"
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over a file that is there.")]
+Initial = Annotated[
+    Path | None,
+    typer.Option("--initial", help="Start from these weights (safetensors with the names of the same network)."),
+]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Watch until it is no longer going on.")]
 
 

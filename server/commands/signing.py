@@ -61,6 +61,12 @@ def sign_study(registry: Registry, identity: Identity, draft: Study, initial: Pa
     """
     from models import weights  # torch: seconds to load, and needed here only
 
+    if initial is None and draft.network.norm == "frozen":
+        raise ConsiliumError(
+            'A study with norm = "frozen" goes on from weights that were learned elsewhere',
+            f"{draft.study.name} has none",
+            'Name them with --initial, or write [network] norm = "group".',
+        )
     spec = draft.spec()
     if draft.privacy.mode != "none":
         with out().status("Asking a second accountant what it promises (a minute, for 100 000 steps) …"):

@@ -18,7 +18,7 @@ from privacy.errors import ConsiliumError
 from privacy.study import Study
 from privacy.terminal import err, out
 from server import arms, comparison
-from server.commands.common import read_text
+from server.commands.common import Initial, read_text
 from server.comparison import ALL, Row
 
 if TYPE_CHECKING:
@@ -56,12 +56,14 @@ def simulate(
     ] = "",
     seed: Seed = arms.DEAL_SEED,
     threads: Threads = 0,
+    initial: Initial = None,
 ) -> None:
     """Run a study with simulated hospitals on this machine, each with the agent that a real one runs.
 
     Whoever drafts a study runs it, before hospitals are asked; nothing is enrolled, nothing leaves this machine. With
     `seed` under [rounds] two runs are equal bit for bit, and equal to the real deployment on the same images. With
-    --leave-out the study is run without a hospital, and the model tested on that hospital's images.
+    --leave-out the study is run without a hospital, and the model tested on that hospital's images. What `study sign`
+    will be given as --initial is given here too.
 
     Example: `consilium-coordinator simulate chest.toml --sites 5 --data chest_xray_pneumonia --leave-out all`
     """
@@ -70,7 +72,7 @@ def simulate(
     draft, folder = _draft(study), _folder(out_, study)
     chosen = names(draft, sites or len(draft.sites))
     rows: list[Row] = []
-    with Simulation(data, chosen, seed=seed, threads=threads) as simulation:
+    with Simulation(data, chosen, seed=seed, threads=threads, initial=initial) as simulation:
         _noted(simulation)
         if leave_out:
             for site in chosen if leave_out == "all" else (leave_out,):
@@ -94,12 +96,13 @@ def baseline(
     out_: Out = None,
     seed: Seed = arms.DEAL_SEED,
     threads: Threads = 0,
+    initial: Initial = None,
 ) -> None:
     """Say what a study is to be compared with: each hospital by itself, or everything in one place.
 
     Whoever drafts a study runs it on the same images as `simulate`. Compute is equal: a hospital alone takes as many
     steps as in the federation, the pooled model as many as all together. Every model is measured on every hospital's
-    test images; `all` runs the federation too.
+    test images; `all` runs the federation too. All of them start from the same weights.
 
     Example: `consilium-coordinator baseline all chest.toml --sites 3 --data chest_xray_pneumonia`
     """
@@ -108,7 +111,9 @@ def baseline(
     draft, folder = _draft(study), _folder(out_, study)
     chosen = names(draft, sites or len(draft.sites))
     rows: list[Row] = []
-    with Simulation(data, chosen, seed=seed, pooled=arm is not Arm.LOCAL, threads=threads) as simulation:
+    with Simulation(
+        data, chosen, seed=seed, pooled=arm is not Arm.LOCAL, threads=threads, initial=initial
+    ) as simulation:
         _noted(simulation)
         plans: dict[str, Study] = {}
         if arm is Arm.ALL:

@@ -16,7 +16,18 @@ from privacy.study import APPROVAL, Study
 from privacy.study_text import explain, template
 from privacy.terminal import out, show_error, table, warn
 from server import console as view
-from server.commands.common import Follow, Force, Yes, confirm, group, home_of, open_registry, read_text, write_new
+from server.commands.common import (
+    Follow,
+    Force,
+    Initial,
+    Yes,
+    confirm,
+    group,
+    home_of,
+    open_registry,
+    read_text,
+    write_new,
+)
 from server.commands.planning import plan
 from server.commands.signing import active, check_sites, sign_study
 from server.guards import is_serving
@@ -102,10 +113,7 @@ app.command("plan")(plan)
 def sign(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The draft.")],
-    initial: Annotated[
-        Path | None,
-        typer.Option("--initial", help="Start from these weights (safetensors with the names of the same network)."),
-    ] = None,
+    initial: Initial = None,
     target: Annotated[
         Path | None, typer.Option("--out", help="Where to write the signed file [NAME.study.json].")
     ] = None,

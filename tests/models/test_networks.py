@@ -94,14 +94,17 @@ def test_images_do_not_write_into_the_state(built: Any, name: str, size: list[in
     assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("norm", ["instance", "frozen", "none"])
 @pytest.mark.parametrize("name", LIGHT)
 def test_the_other_norms_hold_the_same(built: Any, name: str, norm: str) -> None:
     size = [max(16, 2 * networks.NETWORKS[name].reduction if norm == "instance" else 0)] * 2
     module = built(name, size, norm)
     kinds = {type(part).__name__ for part in module.modules()}
     assert not any("GroupNorm" in kind or "BatchNorm" in kind for kind in kinds)
-    assert any("InstanceNorm" in kind for kind in kinds) == (norm == "instance")
+    if norm == "frozen":  # an instance norm that is trained elsewhere looks at one image as it is
+        assert "FrozenNorm" in kinds
+    else:
+        assert any("InstanceNorm" in kind for kind in kinds) == (norm == "instance")
     _check_image_stands_alone(module, size)
 
 

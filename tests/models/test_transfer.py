@@ -143,12 +143,8 @@ def test_low_rank_additions_of_an_earlier_study_are_merged_for_a_plain_one(spec_
     torch.testing.assert_close(adapted(images), plain(images), rtol=1e-3, atol=1e-4)
 
 
-def test_half_precision_is_widened_and_batch_statistics_are_left_out(
-    spec_for: Any, published: Path, tmp_path: Path
-) -> None:
+def test_half_precision_is_widened(spec_for: Any, published: Path, tmp_path: Path) -> None:
     arrays = {name: array.astype(np.float16) for name, array in load(published.read_bytes()).items()}
-    arrays["bn1.running_mean"] = np.zeros(64, np.float16)
-    arrays["bn1.num_batches_tracked"] = np.array(3)
     save_file(arrays, tmp_path / "half.safetensors")
     state = load(pretrained.initial_state(spec_for("resnet10", **SMALL), tmp_path / "half.safetensors", 1))
     np.testing.assert_array_equal(state["conv1.weight"], arrays["conv1.weight"].astype(np.float32))

@@ -297,6 +297,27 @@ def test_sign_takes_weights_of_an_earlier_model(cli: Cli, home: CoordinatorHome,
     assert "do not fit the study's network" in err
 
 
+def test_a_batch_norm_that_was_trained_elsewhere_is_where_a_study_with_frozen_norms_starts(
+    cli: Cli, home: CoordinatorHome, sites: dict[str, Identity]
+) -> None:
+    from safetensors.torch import save_file
+
+    from models import networks
+    from models.architectures import Shape
+
+    elsewhere = networks.NETWORKS["resnet-small"].make(Shape(1, (32, 32), 2), "batch", {"width": 1})
+    save_file(elsewhere.state_dict(), "elsewhere.safetensors")
+    Path("frozen.toml").write_text(draft("frozen", **{'norm = "group"': 'norm = "frozen"'}))
+    code, _, err = cli("study", "sign", "frozen.toml")
+    assert code == 1
+    assert "Name them with --initial" in err
+    assert cli("study", "sign", "frozen.toml", "--initial", "elsewhere.safetensors")[0] == 0
+    Path("group.toml").write_text(draft("group"))
+    code, _, err = cli("study", "sign", "group.toml", "--initial", "elsewhere.safetensors")
+    assert code == 1
+    assert 'norm = "frozen"' in err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -194,6 +194,34 @@ def test_simulate_with_another_number_of_sites_and_one_left_out(
     assert "not empty" in capsys.readouterr().err
 
 
+def test_every_arm_starts_from_the_weights_that_are_given(
+    study_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights with batch norms, too; what does not fit is named before anything runs."""
+    from safetensors.numpy import load
+    from safetensors.torch import save_file
+
+    from models import networks
+    from models.architectures import Shape
+
+    shape = Shape(1, draft().input.size, 2)
+    elsewhere = networks.NETWORKS[draft().network.name].make(shape, "batch", {"width": 1})
+    save_file(elsewhere.state_dict(), tmp_path / "elsewhere.safetensors")
+    still: Sections = {"network": {"norm": "frozen"}, "transfer": {"train": "head"}}
+    study_file.write_text(study_kit.draft("tiny", SITES, **TINY, **still))
+    options = ("--data", str(data), "--threads", "1", "--initial", str(tmp_path / "elsewhere.safetensors"))
+    assert call("baseline", "local", str(study_file), *options, "--out", str(tmp_path / "alone")) == 0
+    assert call("simulate", str(study_file), *options, "--out", str(tmp_path / "all")) == 0
+    given = elsewhere.state_dict()
+    name = next(name for name, value in given.items() if value.ndim == 4)
+    for arm in ("alone/north-alone", "all/together"):
+        model = load((tmp_path / arm / "model.safetensors").read_bytes())
+        np.testing.assert_array_equal(model[name], given[name].numpy())
+    study_file.write_text(study_kit.draft("tiny", SITES, **TINY))
+    assert call("simulate", str(study_file), *options, "--out", str(tmp_path / "group")) == 1
+    assert 'norm = "frozen"' in capsys.readouterr().err
+
+
 def test_images_that_cannot_be_dealt_out_are_named(
     study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

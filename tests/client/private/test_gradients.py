@@ -72,7 +72,7 @@ def test_every_network_gives_the_sum_of_its_patients_clipped_gradients(name: str
     _equals(networks.build(spec), spec)
 
 
-@pytest.mark.parametrize("norm", ["instance", "none"])
+@pytest.mark.parametrize("norm", ["instance", "frozen", "none"])
 @pytest.mark.parametrize("name", ["resnet-small", "densenet-small", "unet", "segresnet"])
 def test_so_do_the_other_norms(name: str, norm: str) -> None:
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from client.private import layers
 from client.private.fitness import check, demand
 from client.private.groups import PADDING, Groups, per_group, per_image
 from models import networks, standardised, weights
+from models.frozen import FrozenNorm
 from privacy.errors import ConsiliumError
 from tests.client.private.private_kit import Every, spec_of
 
@@ -137,6 +138,8 @@ def test_so_does_that_of_the_weight_behind_a_standardised_one(
         (nn.GroupNorm(1, 4), (4, 3, 3, 3)),
         (nn.InstanceNorm2d(4, affine=True), (4, 5, 5)),
         (nn.InstanceNorm3d(4, affine=True, eps=0.1), (4, 3, 3, 3)),
+        (FrozenNorm(4, 1e-5), (4, 5, 5)),
+        (FrozenNorm(4, 1e-5), (4, 3, 3, 3)),
         (nn.PReLU(), (4, 5, 5)),
         (nn.PReLU(4), (4, 5, 5)),
         (nn.LayerNorm([5, 4]), (5, 4)),
