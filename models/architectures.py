@@ -1,7 +1,7 @@
 """How is each family of networks built from MONAI? One function a family; `models.networks` holds the table.
 
 Each returns a maker (shape, norm as MONAI writes it, parameters) -> module. Norms that MONAI takes from its caller
-are given; all other batch and instance norms are replaced afterwards (`models.adapters`). MONAI is loaded when a maker
+are given; the others are replaced afterwards as the study asks (`models.adapters`). MONAI is loaded when a maker
 is called.
 """
 

@@ -1,6 +1,6 @@
 """What becomes of a batch norm whose weights were learned elsewhere?
 
-Nearly all public weights (ImageNet's, MedicalNet's) were trained with batch norms. One that is trained on mixes the
+Nearly all public weights, ImageNet's first of all, were trained with batch norms. One that is trained on mixes the
 images of a batch, and a group norm in its place computes something else than what was learned. At work, though, a batch
 norm multiplies and adds constants only, (x − mean) / √(var + ε) · γ + β, channel by channel (Ioffe 2015, arXiv
 1502.03167, algorithm 2). `FrozenNorm` is that: the statistics of the public images are folded into one scale and one
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var")
 """What a batch norm keeps of the images it was trained on."""
+COUNTER = "num_batches_tracked"
+"""How often it did; of no use at work."""
 
 
 class FrozenNorm(nn.Module):
@@ -44,22 +46,23 @@ class FrozenNorm(nn.Module):
         return x * self.scale.reshape(shape) + self.shift.reshape(shape)
 
 
-def folded(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
+def folded(module: nn.Module, arrays: Mapping[str, Any], fresh: str = "") -> dict[str, Any]:
     """A state in which scale and shift stand for every batch norm that the network has frozen.
 
     Args:
         module: with norms of this kind.
         arrays: tensors by name, float32, of a network with batch norms, or of one that was published with these.
+        fresh: what begins so has no weights and stays as it is; "" for nothing.
 
     Raises:
         ValueError: a norm has neither statistics nor scale, as after training with another norm, or statistics that
-            no images have; the message names it.
+            no images have; the message names it. What is not finite is for the caller to refuse.
     """
     found = dict(arrays)
     for name, part in module.named_modules():
-        if not isinstance(part, FrozenNorm) or f"{name}.scale" in found:
+        if not isinstance(part, FrozenNorm) or f"{name}.scale" in found or (fresh and name.startswith(fresh)):
             continue
-        mean, var = (found.pop(f"{name}.{which}", None) for which in STATISTICS[:2])
+        mean, var = (found.pop(f"{name}.{which}", None) for which in STATISTICS)
         if mean is None or var is None:
             raise ValueError(
                 f'{name!r} has no running_mean and running_var, which norm = "frozen" is made of: '
@@ -68,8 +71,8 @@ def folded(module: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Any]:
         gamma, beta = (found.pop(f"{name}.{which}", whole) for which, whole in (("weight", 1.0), ("bias", 0.0)))
         if {np.shape(given) for given in (mean, var, gamma, beta)} - {np.shape(mean), ()}:
             raise ValueError(f"{name!r} has statistics and weights of different lengths: the file is damaged")
-        if not np.all(np.isfinite(mean)) or not np.all(var > -part.eps):
-            raise ValueError(f"{name!r} has a mean or a variance that no images have: the file is damaged")
+        if np.any(var < 0):
+            raise ValueError(f"{name!r} has a running_var below zero, which no images have: the file is damaged")
         scale = np.float64(gamma) / np.sqrt(np.float64(var) + part.eps)
         found[f"{name}.scale"] = scale.astype(np.float32)
         found[f"{name}.shift"] = (np.float64(beta) - np.float64(mean) * scale).astype(np.float32)

@@ -120,7 +120,8 @@ def problems(spec: Mapping[str, Any], size: tuple[int, ...], target: str | None 
     answers = None if target is None else "pixels" if target == "mask" else "image"
     found = []
     if norm not in NORMS:
-        known = 'Write "group", or "frozen" for weights that were trained with batch norm.' if norm == "batch" else ""
+        known = "A batch norm mixes patients: " if norm == "batch" else ""
+        known += 'write "group", or "frozen" for weights that were trained with one.' if norm == "batch" else ""
         found.append(fields.unknown("network.norm", "norm", str(norm), NORMS, known))
     if not isinstance(section.get("weight_standardisation", False), bool):
         found.append(Problem("network.weight_standardisation", "it is neither true nor false", "Write true or false."))

@@ -2,10 +2,11 @@
 
 The file is any safetensors file whose tensors have the names of the study's network: a model that a study published,
 or weights from outside that somebody has brought into that form. What belongs to the question asked may differ: last
-layers of another shape start fresh, and so do low-rank additions that the file lacks. A network for grey images takes
-one for colour: its first convolution adds up what the other has for red, green and blue, which is what the other does
-with a grey image. A convolution without bias is one with a bias of zero. Everything else must fit, so that a study
-never trains by mistake on a backbone that was left at random or computes something else than what was learned.
+layers of another shape, or of which the file has nothing, start fresh, and so do low-rank additions that it lacks. A
+network for grey images takes one for colour: its first convolution adds up what the other has for red, green and blue,
+which is what the other does when all three are that image. A convolution without bias is one with a bias of zero.
+Everything else must fit, so that a study never trains by mistake on a backbone that was left at random or computes
+something else than what was learned.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
     """
     import torch
 
-    from models.frozen import STATISTICS, folded
+    from models.frozen import COUNTER, STATISTICS, folded
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,9 +52,10 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
                 'take the weights that they were trained on, or train = "lora" again'
             )
         found = transfer.merged(found)
+    headless = not any(name.startswith(head) for name in found)
     if spec["network"].get("norm", "group") == "frozen":
-        found = folded(module, found)
-    elif norms := sorted(name for name in found if name.endswith(STATISTICS[0])):
+        found = folded(module, found, head if headless else "")
+    elif norms := sorted(name for name in found if name.endswith((STATISTICS[0], ".scale")) and name not in own):
         raise ValueError(
             f"these weights were trained with batch norm ({norms[0]!r}), and another norm computes something else: "
             'write [network] norm = "frozen"'
@@ -63,6 +65,8 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
         array = found.pop(name, None)
         if array is None and (f".{transfer.DOWN}." in name or f".{transfer.UP}." in name):
             continue
+        if array is None and headless and name.startswith(head):
+            continue
         if array is None:
             raise ValueError(f"these weights belong to another network: tensor {name!r} is missing")
         if array.shape == tuple(tensor.shape):
@@ -71,7 +75,7 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
         elif not name.startswith(head):
             shapes = f"{list(array.shape)}, not {list(tensor.shape)}"
             raise ValueError(f"these weights belong to another network: tensor {name!r} is {shapes}")
-    extra = sorted(name for name in found if not name.endswith(STATISTICS))
+    extra = sorted(name for name in found if not name.endswith(COUNTER))
     if extra:
         raise ValueError(f"these weights belong to another network: tensor {extra[0]!r} is unknown")
     return weights.state_bytes(module)
@@ -101,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from models.frozen import STATISTICS
+    from models.frozen import COUNTER
 
     with path.open("rb"):  # its own error where it cannot be read
         pass
@@ -110,6 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
     except SafetensorError as error:
         raise ValueError("this is not a safetensors file: convert the weights, and never unpickle them here") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and not name.endswith(STATISTICS):
+        if not tensor.is_floating_point() and not name.endswith(COUNTER):
             raise ValueError(f"tensor {name!r} is {tensor.dtype}: only real numbers can be trained on")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} holds what is not a finite number: the file is damaged")
     return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}

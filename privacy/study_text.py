@@ -151,6 +151,8 @@ def explain(study: Study) -> list[tuple[str, str]]:
         if study.publish.choose == "last"
         else "the round with the best validation metric summed over the sites"
     )
+    frozen = "batch norms of the initial weights as a scale and a shift"
+    norm = frozen if study.network.norm == "frozen" else f"{study.network.norm} normalisation"
     standardised = ", weights standardised" if study.network.weight_standardisation else ""
     secagg = study.secagg
     hidden = secagg.mode == "on"
@@ -164,7 +166,7 @@ def explain(study: Study) -> list[tuple[str, str]]:
         ("Purpose", study.study.purpose),
         ("Contact", study.study.contact or "none given"),
         ("Question", f"{study.task.kind}: {', '.join(study.task.classes)}"),
-        ("Network", f"{study.network.name}, {study.network.norm} normalisation{standardised}"),
+        ("Network", f"{study.network.name}, {norm}{standardised}"),
         ("Trained", _TRAINED[study.transfer.train].format(rank=study.transfer.rank)),
         ("Images", f"{size} pixels, {study.input.channels} channel(s); split by patient"),
         (

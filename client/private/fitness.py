@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from client.private import layers
 from models import weights
+from models.frozen import FrozenNorm
 from privacy.errors import ConsiliumError
 
 
@@ -75,8 +76,9 @@ def check(network: nn.Module) -> Fitness:
         modules[id(part)] = name
         unsupported += [Finding(name, *said) for said in _objections(part)]
         if type(part).__module__.startswith("models."):
-            base = next(kind.__name__ for kind in type(part).__mro__ if not kind.__module__.startswith("models."))
-            changed.append(Finding(name, f"is our {type(part).__name__} in place of {base}"))
+            base = next(kind for kind in type(part).__mro__ if not kind.__module__.startswith("models."))
+            instead = "a batch norm of the initial weights" if isinstance(part, FrozenNorm) else base.__name__
+            changed.append(Finding(name, f"is our {type(part).__name__} in place of {instead}"))
         for own, value in part.named_parameters(recurse=False):
             if id(value) in owners and value.requires_grad:
                 what = f"shares its parameter {own!r} with {owners[id(value)]!r}"

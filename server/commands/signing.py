@@ -105,5 +105,5 @@ def _given(spec: dict[str, object], path: Path, seed: int) -> bytes:
         raise ConsiliumError(
             "The initial weights do not fit the study's network",
             f"{path}: {error}",
-            "Name weights of the same [network] and [input], or leave --initial out.",
+            "Change the draft as it says, or name weights of the same [network].",
         ) from error

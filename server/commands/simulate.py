@@ -85,7 +85,8 @@ def simulate(
             model = _run(simulation, plan, "together")
             rows += _measured(simulation, model, "together", chosen)
             simulation.export(model, folder / "together")
-    _report(draft, rows, folder, {"sites": list(chosen), "images": simulation.images, "seed": seed})
+    facts = {"sites": list(chosen), "images": simulation.images, "seed": seed, "initial": model.record.initial}
+    _report(draft, rows, folder, facts)
 
 
 def baseline(
@@ -126,7 +127,8 @@ def baseline(
             model = _run(simulation, plan, name)
             rows += _measured(simulation, model, name, chosen)
             simulation.export(model, folder / name.replace(" ", "-"))
-    _report(draft, rows, folder, {"sites": list(chosen), "images": simulation.images, "seed": seed})
+    facts = {"sites": list(chosen), "images": simulation.images, "seed": seed, "initial": model.record.initial}
+    _report(draft, rows, folder, facts)
 
 
 def _noted(simulation: Simulation) -> None:

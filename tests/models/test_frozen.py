@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from client.private.fitness import approvable
 from models import fields, networks, pretrained, weights
 from models.architectures import Shape
 from models.frozen import FrozenNorm
@@ -174,14 +175,23 @@ def _narrow(arrays: dict[str, Any]) -> None:
         arrays[f"bn1.{name}"] = arrays[f"bn1.{name}"][:32].copy()
 
 
+def _one_more(arrays: dict[str, Any]) -> None:
+    arrays["extra.running_mean"] = np.zeros(64, np.float32)
+
+
+def _beside(arrays: dict[str, Any]) -> None:
+    arrays |= {"bn1.scale": np.ones(64, np.float32), "bn1.shift": np.zeros(64, np.float32)}
+
+
 def _uneven(arrays: dict[str, Any]) -> None:
     arrays["bn1.weight"] = arrays["bn1.weight"][:32].copy()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(_of_a_group_norm, "'bn1' has no running_mean"), (_negative, "'bn1' has a mean or a variance"),
-     (_not_a_number, "'layer1.0.bn1' has a mean"), (_narrow, r"'bn1.scale' is \[32\], not \[64\]"),
+    [(_of_a_group_norm, "'bn1' has no running_mean"), (_negative, "'bn1' has a running_var below zero"),
+     (_not_a_number, "'layer1.0.bn1.running_mean' holds what is not a finite"), (_one_more, "'extra.running_mean' is"),
+     (_beside, "'bn1.bias' is unknown"), (_narrow, r"'bn1.scale' is \[32\], not \[64\]"),
      (_uneven, "'bn1' has statistics and weights of different")],
 )  # fmt: skip
 def test_weights_without_the_statistics_of_a_batch_norm_are_refused(
@@ -203,6 +213,49 @@ def test_another_norm_never_takes_the_place_of_a_trained_one_in_silence(
     spec = spec_for("resnet10", **{"network.norm": norm, "input.size": [64, 64]})
     with pytest.raises(ValueError, match='write \\[network\\] norm = "frozen"'):
         pretrained.initial_state(spec, path, 1)
+
+
+def test_what_was_published_with_frozen_norms_goes_on_with_frozen_norms(spec_for: Any, tmp_path: Path) -> None:
+    spec = spec_for("resnet10", **FROZEN, **SMALL)
+    path = saved(elsewhere("resnet10", [16, 16]), tmp_path / "w.safetensors")
+    path.write_bytes(pretrained.initial_state(spec, path, 1))
+    with pytest.raises(ValueError, match='write \\[network\\] norm = "frozen"'):
+        pretrained.initial_state(spec_for("resnet10", **SMALL), path, 1)
+    grouped = weights.initial_state(spec_for("resnet10", **SMALL), 1)
+    path.write_bytes(grouped)
+    with pytest.raises(ValueError, match="'bn1' has no running_mean"):
+        pretrained.initial_state(spec, path, 1)
+
+
+@pytest.mark.parametrize("name", ["resnet10", "unet", "densenet-small"])
+def test_a_file_without_last_layers_gets_fresh_ones(spec_for: Any, tmp_path: Path, name: str) -> None:
+    given, head = elsewhere(name, [32, 32]).state_dict(), f"{networks.NETWORKS[name].head}."
+    arrays = {key: value.numpy() for key, value in given.items() if not key.startswith(head)}
+    save_file(arrays, tmp_path / "w.safetensors")
+    module = started(spec_for(name, **FROZEN), tmp_path / "w.safetensors")
+    whole = started(spec_for(name, **FROZEN), saved(elsewhere(name, [32, 32]), tmp_path / "w.safetensors"))
+    for key, value in whole.state_dict().items():
+        if not key.startswith(head):
+            assert torch.equal(module.state_dict()[key], value), key
+    weight = next(value for key, value in module.named_parameters() if key.startswith(head) and value.ndim > 1)
+    assert weight.abs().max() > 0
+
+
+def test_half_precision_and_counters_of_batches_fit(spec_for: Any, tmp_path: Path) -> None:
+    arrays = {name: value.numpy() for name, value in elsewhere("resnet10", [16, 16]).state_dict().items()}
+    half = {name: array.astype(np.float16) if array.ndim else array for name, array in arrays.items()}
+    assert any(array.dtype == np.int64 for array in half.values())
+    save_file(half, tmp_path / "w.safetensors")
+    state = load(pretrained.initial_state(spec_for("resnet10", **FROZEN, **SMALL), tmp_path / "w.safetensors", 1))
+    wide = {name: half[f"bn1.{name}"].astype(np.float64) for name in ("weight", "bias", "running_mean", "running_var")}
+    scale = wide["weight"] / np.sqrt(wide["running_var"] + 1e-5)
+    np.testing.assert_allclose(state["bn1.scale"], scale, rtol=1e-6)
+    np.testing.assert_allclose(state["bn1.shift"], wide["bias"] - wide["running_mean"] * scale, rtol=1e-5, atol=1e-6)
+
+
+def test_a_hospital_is_told_what_stands_for_its_batch_norms(spec_for: Any) -> None:
+    told = approvable(spec_for("resnet10", **FROZEN, **SMALL))
+    assert any("'bn1' is our FrozenNorm in place of a batch norm of the initial weights" in text for text in told)
 
 
 def test_a_trained_weight_is_not_standardised(spec_for: Any) -> None:
