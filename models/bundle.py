@@ -113,7 +113,7 @@ def write(folder: Path, spec: Mapping[str, Any], state: Path, facts: card.Facts)
     shutil.rmtree(part, ignore_errors=True)
     for name in ("configs", "models", "docs"):
         (part / name).mkdir(parents=True)
-    own = {key: spec[key] for key in ("task", "network", "input", "transfer") if key in spec}
+    own = {key: spec[key] for key in ("task", "network", "input", "transfer", "local") if key in spec}
     for path, content in (
         (Path("configs/metadata.json"), metadata(spec, facts).model_dump(by_alias=True)),
         (Path("configs/inference.json"), _RUN),

@@ -18,8 +18,11 @@ CASES = [
     ("multilabel", "densenet-small", ["effusion"], [32, 32]),
     ("segmentation", "unet", ["background", "tumour"], [32, 16]),
     ("segmentation", "segresnet", ["background", "front", "back"], [16, 16, 16]),
-    ("classification", "resnet10", ["normal", "pneumonia"], [32, 32], True),
-    ("segmentation", "dynunet", ["background", "tumour"], [32, 32], True),
+    ("classification", "resnet10", ["normal", "pneumonia"], [32, 32], {"network.weight_standardisation": True}),
+    ("segmentation", "dynunet", ["background", "tumour"], [32, 32], {"network.weight_standardisation": True}),
+    ("classification", "resnet10", ["normal", "pneumonia"], [32, 32], {"network.norm": "frozen"}),
+    ("classification", "resnet-small", ["normal", "pneumonia"], [32, 32], {"transfer": {"train": "lora", "rank": 2}}),
+    ("segmentation", "unet", ["background", "tumour"], [32, 32], {"local": {"norms": "local"}}),
 ]
 
 
@@ -35,12 +38,11 @@ def facts_of(spec: Any, **changes: Any) -> card.Facts:
 @pytest.fixture
 def made(spec_with: Any, tmp_path: Path) -> Any:
     def make(
-        kind: str, name: str, classes: list[str], size: list[int], standardised: bool = False, **changes: Any
+        kind: str, name: str, classes: list[str], size: list[int], sections: Any = None, **changes: Any
     ) -> tuple[Path, Any]:
         spec = spec_with(
             **{"task.kind": kind, "network.name": name, "task.classes": classes, "input.size": size},
-            **{"network.weight_standardisation": standardised},
-            transfer={"train": "all", "rank": 4},
+            **{"transfer": {"train": "all", "rank": 4}, **(sections or {})},
         )
         module = networks.build(spec).eval()
         state = tmp_path / "model.safetensors"
