@@ -168,11 +168,12 @@ def train(
             loss = task.loss(compute(network, images), targets)
             torch.autograd.backward(loss)
             for parameter, held in anchors:
-                assert parameter.grad is not None
+                if parameter.grad is None:  # statistics of a batch norm
+                    continue
                 parameter.grad.add_(parameter.detach(), alpha=plan.proximal_mu).add_(held, alpha=-plan.proximal_mu)
             for parameter, moved in shifts:
-                assert parameter.grad is not None
-                parameter.grad.add_(moved)
+                if parameter.grad is not None:
+                    parameter.grad.add_(moved)
             optimiser.step(plan.rate(round_number, step))
             loss_sum += loss.detach()
     optimiser.clear()

@@ -24,8 +24,8 @@ def adapt(module: nn.Module, norm: str, groups: int) -> nn.Module:
 
     Args:
         module: fresh from MONAI, built with its batch norms.
-        norm: "group", "instance" or "none", which takes the place of every batch and instance norm, or "frozen", which
-            takes that of batch norms.
+        norm: "group", "instance" or "none", which takes the place of every batch and instance norm, or "batch" or
+            "frozen", which takes that of batch norms.
         groups: groups of channels wished for; a layer whose channels cannot be divided so takes the largest common
             divisor, and one with no more channels than that takes one group.
     """
@@ -47,8 +47,8 @@ def adapt(module: nn.Module, norm: str, groups: int) -> nn.Module:
     return module
 
 
-def check(module: nn.Module) -> None:
-    """Refuse a network whose update could not be bounded per patient.
+def check(module: nn.Module, norm: str = "group") -> None:
+    """Refuse a network whose update could not be bounded per patient; with norm "batch" what else is wrong.
 
     Raises:
         ValueError: names the first module that mixes the images of a batch, keeps statistics of them, writes in place
@@ -56,12 +56,16 @@ def check(module: nn.Module) -> None:
     """
     from torch.nn.modules.batchnorm import _NormBase
 
+    from models.batchnorm import TravellingBatchNorm
+
     seen: dict[int, str] = {}
     for name, part in module.named_modules(remove_duplicate=False):
         kind = type(part).__name__
         if id(part) in seen:
             raise ValueError(f"module {name!r} is the same as {seen[id(part)]!r}: build each layer once, use it once")
         seen[id(part)] = name
+        if isinstance(part, TravellingBatchNorm) and norm == "batch":
+            continue
         if "BatchNorm" in kind or (getattr(part, "track_running_stats", False) and isinstance(part, _NormBase)):
             raise ValueError(f"module {name!r} is a {kind}, whose statistics mix patients: use a group norm")
         if getattr(part, "inplace", False) or kind == "MemoryEfficientSwish":
@@ -76,14 +80,16 @@ def check(module: nn.Module) -> None:
 def _norm(given: nn.Module, norm: str, groups: int) -> nn.Module:
     from torch import nn
 
+    from models.batchnorm import TravellingBatchNorm
     from models.frozen import FrozenNorm
 
     channels = int(given.num_features)  # type: ignore[arg-type]
     if norm == "none":
         return nn.Identity()
-    if norm == "frozen":
-        batch = isinstance(given, nn.modules.batchnorm._BatchNorm)
-        return FrozenNorm(channels, float(given.eps)) if batch else given  # type: ignore[arg-type]
+    if norm in ("batch", "frozen"):
+        if not isinstance(given, nn.modules.batchnorm._BatchNorm):
+            return given
+        return TravellingBatchNorm(channels, given.eps) if norm == "batch" else FrozenNorm(channels, given.eps)
     if norm == "instance":
         kind = nn.InstanceNorm3d if isinstance(given, nn.BatchNorm3d | nn.InstanceNorm3d) else nn.InstanceNorm2d
         return kind(channels, affine=True)

@@ -140,6 +140,7 @@ def _about(facts: Facts) -> list[str]:
     channels = f"{image['channels']} channel{'s' if image['channels'] > 1 else ''}"
     network = facts.spec["network"]
     norm = f"norm {network.get('norm', 'group')}"
+    norm += " (the images of a batch acted on each other)" if norm == "norm batch" else ""
     norm += " (batch norms of the initial weights, as a scale and a shift)" if norm == "norm frozen" else ""
     norm += ", weights standardised" if network.get("weight_standardisation", False) else ""
     contact = f" Questions: {_line(facts.contact)}." if facts.contact else ""

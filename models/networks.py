@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NETWORKS", "NORMS", "Network", "Shape", "build", "check", "problems"]
 
-NORMS = ("group", "instance", "frozen", "none")
-"""What `network.norm` may be. A batch norm mixes patients and is never offered; "frozen" is what one that was trained
-elsewhere computes at work (`models.frozen`), and needs weights to start from."""
+NORMS = ("group", "instance", "batch", "frozen", "none")
+"""What `network.norm` may be. "batch" mixes patients, so a study with noise refuses it (`models.batchnorm`); "frozen"
+is what one that was trained elsewhere computes at work (`models.frozen`), and needs weights to start from."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def problems(spec: Mapping[str, Any], size: tuple[int, ...], target: str | None 
     answers = None if target is None else "pixels" if target == "mask" else "image"
     found = []
     if norm not in NORMS:
-        known = "A batch norm mixes patients: " if norm == "batch" else ""
-        known += 'write "group", or "frozen" for weights that were trained with one.' if norm == "batch" else ""
-        found.append(fields.unknown("network.norm", "norm", str(norm), NORMS, known))
+        found.append(fields.unknown("network.norm", "norm", str(norm), NORMS))
     if not isinstance(section.get("weight_standardisation", False), bool):
         found.append(Problem("network.weight_standardisation", "it is neither true nor false", "Write true or false."))
     elif norm == "frozen" and section.get("weight_standardisation", False):
         what = 'norm = "frozen" goes on from weights as they are, and standardising them changes what they compute'
         found.append(Problem("network.weight_standardisation", what, "Leave it out, or take another norm."))
+    if norm == "batch" and spec.get("optimiser", {}).get("batch_size") == 1:
+        found.append(Problem("optimiser.batch_size", "a batch norm sees no spread in one image", "Write 2 or more."))
     if norm == "none" and _own_norms(spec):
         remedy = 'Write [network] norm = "group", or [local] norms = "shared".'
         found.append(Problem("local.norms", "a network without normalisation has none to keep at a site", remedy))
@@ -181,6 +181,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
     norm = {
         "group": ("group", {"num_groups": network.groups}),
         "instance": ("instance", {"affine": True}),
+        "batch": "batch",
         "frozen": "batch",
         "none": "",
     }[kind]
@@ -192,7 +193,7 @@ def build(spec: Mapping[str, Any]) -> nn.Module:
 
         module = standardise(module, network.head)
     module = transfer.freeze(module, spec, network.head)
-    check(module)
+    check(module, kind)
     if _own_norms(spec):
         weights.keep_local(module, norm_parameters(module))
     return module
@@ -203,12 +204,13 @@ def norm_parameters(module: nn.Module) -> frozenset[str]:
     from torch import nn
     from torch.nn.modules.batchnorm import _NormBase
 
+    from models.batchnorm import TravellingBatchNorm
     from models.frozen import FrozenNorm
 
     return frozenset(
         f"{name}.{parameter}" if name else parameter
         for name, part in module.named_modules()
-        if isinstance(part, nn.GroupNorm | nn.LayerNorm | FrozenNorm | _NormBase)
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm | TravellingBatchNorm | FrozenNorm | _NormBase)
         for parameter, value in part.named_parameters(recurse=False)
         if value.requires_grad
     )

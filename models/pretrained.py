@@ -52,15 +52,15 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
                 'take the weights that they were trained on, or train = "lora" again'
             )
         found = transfer.merged(found)
+    found = _spelled(module, found)
     headless = not any(name.startswith(head) for name in found)
     if spec["network"].get("norm", "group") == "frozen":
         found = folded(module, found, head if headless else "")
     elif norms := sorted(name for name in found if name.endswith((STATISTICS[0], ".scale")) and name not in own):
         raise ValueError(
             f"these weights were trained with batch norm ({norms[0]!r}), and another norm computes something else: "
-            'write [network] norm = "frozen"'
+            'write [network] norm = "frozen", or "batch" where no noise is added'
         )
-    found = _spelled(module, found)
     for name, tensor in own.items():
         array = found.pop(name, None)
         if array is None and (f".{transfer.DOWN}." in name or f".{transfer.UP}." in name):

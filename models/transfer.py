@@ -46,6 +46,7 @@ def freeze(module: nn.Module, spec: Mapping[str, Any], head: str) -> nn.Module:
     """
     from torch import nn
 
+    from models.batchnorm import TravellingBatchNorm
     from models.frozen import FrozenNorm
 
     section = spec.get("transfer", {})
@@ -55,8 +56,9 @@ def freeze(module: nn.Module, spec: Mapping[str, Any], head: str) -> nn.Module:
     module.requires_grad_(False)
     last = module.get_submodule(head)
     kept = set(last.modules())
+    norms = (nn.GroupNorm, TravellingBatchNorm, FrozenNorm, nn.modules.instancenorm._InstanceNorm)
     for part in list(module.modules()):
-        if train == "adapters" and isinstance(part, nn.GroupNorm | FrozenNorm | nn.modules.instancenorm._InstanceNorm):
+        if train == "adapters" and isinstance(part, norms):
             part.requires_grad_(True)
         if train == "lora" and part not in kept and type(part) in _low_rank():
             _add(part, section.get("rank", 4))

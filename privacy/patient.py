@@ -81,6 +81,8 @@ def problem(study: Study) -> str:
     privacy, shared = study.privacy, study.privacy.mode == "shared"
     if privacy.mode == "none":
         return ""
+    if study.network.norm == "batch":
+        return 'network.norm = "batch" lets the patients of a batch act on each other: write "group" with noise on'
     kept = {
         'aggregation.strategy = "scaffold"': study.aggregation.strategy == "scaffold",
         'local.norms = "local"': study.local.norms != "shared",

@@ -47,7 +47,7 @@ class Network(Section):
     """[network]: a network of the model zoo by name; `weight_standardisation` as `models.standardised` has it."""
 
     name: Label
-    norm: Literal["group", "instance", "frozen", "none"] = "group"
+    norm: Literal["group", "instance", "batch", "frozen", "none"] = "group"
     weight_standardisation: StrictBool = False
     parameters: Parameters = Field(default_factory=dict)
 

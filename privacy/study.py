@@ -83,6 +83,12 @@ class Study(Section):
             raise ValueError('scaffold corrects plain gradient steps: write [optimiser] name = "sgd", momentum = 0')
         if scaffold and str(self.secagg.mode) != "off":
             raise ValueError("scaffold sends a second vector that secure aggregation does not carry yet; take fedprox")
+        steady = self.aggregation.strategy in ("fedavg", "fedprox", "scaffold")
+        if self.network.norm == "batch" and self.local.norms == "shared" and not steady:
+            raise ValueError(
+                f"{self.aggregation.strategy} takes steps of its own, which the statistics of a batch norm must not "
+                'take: write strategy = "fedavg", local.norms = "local", or network.norm = "group"'
+            )
         if self.averaged and self.publish.choose != "last":
             raise ValueError(
                 'publish.choose = "best-validation" chooses among the models that were validated, and aggregation.ema '

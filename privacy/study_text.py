@@ -32,7 +32,7 @@ classes = ["normal", "finding"]   # the label values, in order; the last of two 
 
 [network]
 name = "densenet-small"    # `consilium-coordinator models networks` lists them
-norm = "group"             # group | instance | none | frozen; batch normalisation mixes patients and is not offered
+norm = "group"             # group | instance | none | frozen | batch, which mixes patients and is refused with noise
                            # frozen: for weights that were trained with batch norm (`study sign --initial`)
 weight_standardisation = false   # true: convolutions use standardised weights; with norm "group" it helps under noise
 

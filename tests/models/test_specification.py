@@ -24,7 +24,7 @@ BAD = [
     ("network.name", "vit", "network.name", ["densenet-small", "densenet121", "plain-cnn", "resnet-small"]),
     ("network.name", "unet", "network.name", ["unet gives a mask", "resnet-small", "task.kind"]),
     ("task.kind", "segmentation", "network.name", ["resnet-small gives one answer an image", "Take unet"]),
-    ("network.norm", "batch", "network.norm", ["group", "mixes patients"]),
+    ("network.norm", "batc", "network.norm", ["Did you mean batch?"]),
     ("network.norm", "grup", "network.norm", ["Did you mean group?"]),
     ("network.parameters", {"widht": 2}, "network.parameters.widht", ["Did you mean width?"]),
     ("network.parameters", {"width": "2"}, "network.parameters.width", ["whole number from 1", "1 is the default"]),

@@ -58,6 +58,9 @@ REPEATED: dict[str, Sections] = {
     "fedyogi": {"aggregation": {"strategy": "fedyogi", "server_learning_rate": 0.01}},
     "scaffold": {"aggregation": {"strategy": "scaffold"}, "local": {"norms": "local", "personal": "ditto"}},
     "secure": SECURE,
+    "batch": {"network": {"norm": "batch"}, "aggregation": {"strategy": "fedprox", "proximal_mu": 0.01}},
+    "batch-scaffold": {"network": {"norm": "batch"}, "aggregation": {"strategy": "scaffold"}},
+    "batch-secure": {"network": {"norm": "batch"}, **SECURE},
 }
 
 
