@@ -141,7 +141,7 @@ def train(
         check: raises to stop.
         chance: what sampling, augmentation and dropout draw from; the operating system where it is None.
         anchor: float32 [d], what the plan's proximal term holds the parameters to; `vector` where it is None.
-        shift: float32 [d], added to every gradient (SCAFFOLD's c − c_i).
+        shift: float32 [d], added to every gradient there is (SCAFFOLD's c − c_i).
 
     Raises:
         Refusal: NO_DATA without training images, NON_FINITE when the loss is not finite; whatever `check` raises.

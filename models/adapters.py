@@ -89,7 +89,10 @@ def _norm(given: nn.Module, norm: str, groups: int) -> nn.Module:
     if norm in ("batch", "frozen"):
         if not isinstance(given, nn.modules.batchnorm._BatchNorm):
             return given
-        return TravellingBatchNorm(channels, given.eps) if norm == "batch" else FrozenNorm(channels, given.eps)
+        if norm == "frozen":
+            return FrozenNorm(channels, given.eps)
+        assert given.momentum is not None  # a plain mean over all batches, which no network of MONAI takes
+        return TravellingBatchNorm(channels, given.eps, given.momentum)
     if norm == "instance":
         kind = nn.InstanceNorm3d if isinstance(given, nn.BatchNorm3d | nn.InstanceNorm3d) else nn.InstanceNorm2d
         return kind(channels, affine=True)

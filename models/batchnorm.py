@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MOMENTUM = 0.1
-"""Weight of the newest batch in the moving average, as torch has it."""
-
 
 class TravellingBatchNorm(nn.Module):
     """`nn.BatchNorm2d` and `nn.BatchNorm3d` with `running_mean` and `running_var` as parameters.
 
-    The mean of hospitals' variances is at most the variance of all their images; where rules of the server leave one
-    below zero, it counts as zero.
+    The mean of hospitals' variances is at most the variance of all their images.
 
     Attributes:
         weight: γ, float [C].
@@ -32,12 +28,18 @@ class TravellingBatchNorm(nn.Module):
         running_var: float [C], unbiased as torch's.
     """
 
-    def __init__(self, channels: int, eps: float) -> None:
-        """As torch begins: γ 1, β 0, mean 0, variance 1."""
+    def __init__(self, channels: int, eps: float, momentum: float) -> None:
+        """As torch begins: γ 1, β 0, mean 0, variance 1.
+
+        Args:
+            channels: C.
+            eps: ε, added to a variance.
+            momentum: weight of the newest batch in the moving average.
+        """
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.running_mean, self.running_var = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.ones(channels))
-        self.eps = eps
+        self.eps, self.momentum = eps, momentum
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, C, ...] -> [n, C, ...]; in training the moving average is written.
@@ -46,6 +48,4 @@ class TravellingBatchNorm(nn.Module):
             ValueError: in training, one value a channel, which has no spread.
         """
         mean, var = self.running_mean.detach(), self.running_var.detach()
-        if not self.training:
-            var = var.clamp(min=0)
-        return functional.batch_norm(x, mean, var, self.weight, self.bias, self.training, MOMENTUM, self.eps)
+        return functional.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)

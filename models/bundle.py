@@ -3,7 +3,7 @@
 The folder follows MONAI's bundle specification (docs.monai.io, mb_specification): configs/metadata.json says what the
 model is and what goes in and out, configs/inference.json how it is run, docs/README.md is the card. The weights are
 models/model.safetensors, never a pickled model.pt. Networks are built by this package, since MONAI's own would have
-batch norms where the trained ones have none, so `consilium` stands among the packages that a bundle needs.
+batch norms where the trained ones mostly have none, so `consilium` stands among the packages that a bundle needs.
 
 MONAI evaluates text in these files that begins with "$", "@" or "%". Nothing that a study says is put where it could
 be taken for that: what the network needs lies in a file of its own, configs/specification.json, which is only data.

@@ -204,6 +204,12 @@ def _declared(facts: Facts) -> str:
     )
 
 
+def _statistics(spec: Mapping[str, Any]) -> str:
+    own = spec.get("local", {}).get("norms", "shared") == "local"
+    batch = spec["network"].get("norm", "group") == "batch"
+    return " and of the mean and variance of its images' features" if batch and not own else ""
+
+
 def _noised(spec: Mapping[str, Any]) -> bool:
     return str(spec.get("privacy", {}).get("mode", "none")) != "none"
 
@@ -212,7 +218,7 @@ def _privacy(spec: Mapping[str, Any], promise: Sequence[str]) -> list[str]:
     left = (
         "noised sums of patients' clipped gradients, or an update made of them, and the noised sums behind the results"
         if _noised(spec)
-        else "an update of the weights per round and the sums behind the results"
+        else f"an update of the weights{_statistics(spec)} per round and the sums behind the results"
     )
     paragraphs = [
         f"Images stayed in the hospitals. What left each hospital was {left}, recorded in that hospital's own journal."

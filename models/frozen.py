@@ -55,8 +55,8 @@ def folded(module: nn.Module, arrays: Mapping[str, Any], fresh: str = "") -> dic
         fresh: what begins so has no weights and stays as it is; "" for nothing.
 
     Raises:
-        ValueError: a norm has neither statistics nor scale, as after training with another norm, or statistics that
-            no images have; the message names it. What is not finite is for the caller to refuse.
+        ValueError: a norm has neither statistics nor scale, as after training with another norm, or some of another
+            length; the message names it. What no images have, as a negative variance, is for the caller to refuse.
     """
     found = dict(arrays)
     for name, part in module.named_modules():
@@ -71,8 +71,6 @@ def folded(module: nn.Module, arrays: Mapping[str, Any], fresh: str = "") -> dic
         gamma, beta = (found.pop(f"{name}.{which}", whole) for which, whole in (("weight", 1.0), ("bias", 0.0)))
         if {np.shape(given) for given in (mean, var, gamma, beta)} - {np.shape(mean), ()}:
             raise ValueError(f"{name!r} has statistics and weights of different lengths: the file is damaged")
-        if np.any(var < 0):
-            raise ValueError(f"{name!r} has a running_var below zero, which no images have: the file is damaged")
         scale = np.float64(gamma) / np.sqrt(np.float64(var) + part.eps)
         found[f"{name}.scale"] = scale.astype(np.float32)
         found[f"{name}.shift"] = (np.float64(beta) - np.float64(mean) * scale).astype(np.float32)

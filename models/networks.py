@@ -1,7 +1,8 @@
 """Which networks can a study name, and what fits which image and which task?
 
 A network is one line of `NETWORKS`: what it is for, what it needs, and how MONAI builds it (`models.architectures`).
-All are built with norms that look at one image only and with nothing that writes in place, because per-patient
+All are built with norms that look at one image only, unless a study without noise asks for batch norms, and with
+nothing that writes in place, because per-patient
 gradients (Opacus; Abadi 2016, arXiv 1607.00133) are defined for such networks only. `models.adapters.check` holds
 that as a property of what was built, since an option that is accepted is not an option that is obeyed. Nothing here
 loads torch before `build` is called.
@@ -126,8 +127,9 @@ def problems(spec: Mapping[str, Any], size: tuple[int, ...], target: str | None 
     elif norm == "frozen" and section.get("weight_standardisation", False):
         what = 'norm = "frozen" goes on from weights as they are, and standardising them changes what they compute'
         found.append(Problem("network.weight_standardisation", what, "Leave it out, or take another norm."))
-    if norm == "batch" and spec.get("optimiser", {}).get("batch_size") == 1:
-        found.append(Problem("optimiser.batch_size", "a batch norm sees no spread in one image", "Write 2 or more."))
+    optimiser = spec.get("optimiser", {})
+    if norm == "batch" and isinstance(optimiser, Mapping) and optimiser.get("batch_size") == 1:
+        found.append(Problem("optimiser.batch_size", "a batch norm needs more than one image", "Write 2 or more."))
     if norm == "none" and _own_norms(spec):
         remedy = 'Write [network] norm = "group", or [local] norms = "shared".'
         found.append(Problem("local.norms", "a network without normalisation has none to keep at a site", remedy))

@@ -57,9 +57,10 @@ def initial_state(spec: Mapping[str, Any], given: Path, seed: int) -> bytes:
     if spec["network"].get("norm", "group") == "frozen":
         found = folded(module, found, head if headless else "")
     elif norms := sorted(name for name in found if name.endswith((STATISTICS[0], ".scale")) and name not in own):
+        other = ', or "batch" where no noise is added' if norms[0].endswith(STATISTICS[0]) else ""
         raise ValueError(
             f"these weights were trained with batch norm ({norms[0]!r}), and another norm computes something else: "
-            'write [network] norm = "frozen", or "batch" where no noise is added'
+            f'write [network] norm = "frozen"{other}'
         )
     for name, tensor in own.items():
         array = found.pop(name, None)
@@ -105,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from models.frozen import COUNTER
+    from models.frozen import COUNTER, STATISTICS
 
     with path.open("rb"):  # its own error where it cannot be read
         pass
@@ -118,4 +119,6 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"tensor {name!r} is {tensor.dtype}: only real numbers can be trained on")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"tensor {name!r} holds what is not a finite number: the file is damaged")
+        if name.endswith(STATISTICS[1]) and bool((tensor < 0).any()):
+            raise ValueError(f"tensor {name!r} is below zero, which no variance is: the file is damaged")
     return {name: tensor.to(torch.float32).numpy() for name, tensor in tensors.items()}

@@ -63,13 +63,17 @@ def freeze(module: nn.Module, spec: Mapping[str, Any], head: str) -> nn.Module:
         if train == "lora" and part not in kept and type(part) in _low_rank():
             _add(part, section.get("rank", 4))
     last.requires_grad_(True)
+    for part in module.modules():
+        if isinstance(part, TravellingBatchNorm):  # at work, as all of a network that is trained in part
+            part.running_mean.requires_grad_(False)
+            part.running_var.requires_grad_(False)
     return module
 
 
 def training_mode(module: nn.Module) -> None:
     """Training mode for a network that is trained as a whole; evaluation mode where a part of it is frozen.
 
-    The layers that a study trains on a frozen backbone work alike in both.
+    The layers that a study trains on a frozen backbone work alike in both; batch norms keep the statistics they have.
     """
     module.train(all(parameter.requires_grad for parameter in module.parameters()))
 

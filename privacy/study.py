@@ -83,12 +83,8 @@ class Study(Section):
             raise ValueError('scaffold corrects plain gradient steps: write [optimiser] name = "sgd", momentum = 0')
         if scaffold and str(self.secagg.mode) != "off":
             raise ValueError("scaffold sends a second vector that secure aggregation does not carry yet; take fedprox")
-        steady = self.aggregation.strategy in ("fedavg", "fedprox", "scaffold")
-        if self.network.norm == "batch" and self.local.norms == "shared" and not steady:
-            raise ValueError(
-                f"{self.aggregation.strategy} takes steps of its own, which the statistics of a batch norm must not "
-                'take: write strategy = "fedavg", local.norms = "local", or network.norm = "group"'
-            )
+        if self.network.norm == "batch" and self.local.norms == "shared":
+            self._statistics_are_averaged()
         if self.averaged and self.publish.choose != "last":
             raise ValueError(
                 'publish.choose = "best-validation" chooses among the models that were validated, and aggregation.ema '
@@ -102,6 +98,22 @@ class Study(Section):
         if noise := patient.problem(self):
             raise ValueError(noise)
         return self
+
+    def _statistics_are_averaged(self) -> None:
+        """The statistics of a batch norm are averaged as they are, or they are of no images."""
+        rule, other = self.aggregation, 'write local.norms = "local", or network.norm = "group"'
+        if rule.strategy not in ("fedavg", "fedprox", "scaffold"):
+            raise ValueError(f"{rule.strategy} takes steps, which the statistics of a batch norm may not take: {other}")
+        if Decimal(rule.server_learning_rate) != 1:
+            raise ValueError(
+                f"server_learning_rate {rule.server_learning_rate} would stretch the statistics of a batch norm: "
+                f"write 1, or {other.removeprefix('write ')}"
+            )
+        if str(self.secagg.mode) != "off":
+            raise ValueError(
+                "secure aggregation bounds what one number may move by, and the statistics of a batch norm move "
+                f"further: {other}"
+            )
 
     @classmethod
     def from_toml(cls, text: str, source: str = "the study file") -> Study:

@@ -154,10 +154,13 @@ def explain(study: Study) -> list[tuple[str, str]]:
     frozen = "batch norms of the initial weights as a scale and a shift"
     norm = frozen if study.network.norm == "frozen" else f"{study.network.norm} normalisation"
     standardised = ", weights standardised" if study.network.weight_standardisation else ""
+    shared = study.network.norm == "batch" and study.local.norms == "shared"
+    statistics = " and, channel by channel, mean and variance of its images' features" if shared else ""
     secagg = study.secagg
     hidden = secagg.mode == "on"
     leaves = (
-        "the change of the trained weights, summed training loss, and of the validation images their number and "
+        f"the change of the trained weights{statistics}, summed training loss, "
+        "and of the validation images their number and "
         f"{_SUMS.get(study.task.kind, 'sums')}"
     )
     noised = study.privacy.mode != "none"

@@ -13,34 +13,52 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from client.private.fitness import demand
-from models import adapters, fields, networks, pretrained, weights
+from models import adapters, fields, networks, pretrained, transfer, weights
 from models.architectures import Shape
 from models.batchnorm import TravellingBatchNorm
 from models.weights import Layout
 from privacy.errors import ConsiliumError
 from privacy.study import Study
+from privacy.study_text import explain
 from tests import study_kit
+from tests.study_kit import Sections
 
 BATCH = {"network.norm": "batch", "input.size": [32, 32]}
-NAMES = ["resnet-small", "resnet10", "densenet-small", "unet", "attention-unet", "segresnet", "dynunet"]
 
 
 def monais(name: str) -> nn.Module:
-    """The network as MONAI builds it, with torch's batch norms."""
+    """The network as MONAI builds it, with torch's batch norms and without what draws by chance."""
     network = networks.NETWORKS[name]
     torch.manual_seed(5)
-    return network.make(Shape(1, (32, 32), 2), "batch", fields.read(network.parameters, {}))
+    return still(network.make(Shape(1, (32, 32), 2), "batch", fields.read(network.parameters, {})))
+
+
+def still(module: nn.Module) -> nn.Module:
+    """The same without dropout and stochastic depth."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0
+        if hasattr(part, "drop_connect_rate"):
+            part.drop_connect_rate = 0
+    return module
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_it_is_torchs_batch_norm_in_training_and_at_work(dims: int) -> None:
     kind = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
-    theirs, ours = kind(3, eps=1e-3).double(), TravellingBatchNorm(3, 1e-3).double()
+    theirs, ours = kind(3, eps=1e-3, momentum=0.2).double(), TravellingBatchNorm(3, 1e-3, 0.2).double()
+    with torch.no_grad():
+        for mine, other in ((ours.weight, theirs.weight), (ours.bias, theirs.bias)):
+            mine.copy_(nn.init.uniform_(other, 0.5, 2))
     for _ in range(4):
         images = 2 + 3 * torch.randn(5, 3, *[4] * dims, dtype=torch.float64)
-        grown = [part(given := images.clone().requires_grad_()) for part in (theirs, ours)]
-        torch.testing.assert_close(grown[1], grown[0])
-        assert given.grad is None
+        wanted, found = theirs(images), ours(images)
+        torch.testing.assert_close(found, wanted)
+        for part, outputs in ((theirs, wanted), (ours, found)):
+            part.zero_grad()
+            (outputs**3).sum().backward()
+        torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+        torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
     torch.testing.assert_close(ours.running_mean.data, theirs.running_mean)
     torch.testing.assert_close(ours.running_var.data, theirs.running_var)
     theirs.eval()
@@ -51,12 +69,12 @@ def test_it_is_torchs_batch_norm_in_training_and_at_work(dims: int) -> None:
     assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", networks.NETWORKS)
 def test_a_study_may_have_monais_network_with_its_batch_norms(spec_for: Any, tmp_path: Path, name: str) -> None:
     """From a file of it, the same function in training and at work."""
     theirs = monais(name)
     save_file({key: value.clone() for key, value in theirs.state_dict().items()}, tmp_path / "w.safetensors")
-    ours = networks.build(spec_for(name, **BATCH))
+    ours = still(networks.build(spec_for(name, **BATCH)))
     weights.load_state(ours, pretrained.initial_state(spec_for(name, **BATCH), tmp_path / "w.safetensors", 1))
     images = torch.randn(4, 1, 32, 32)
     for training in (True, False):
@@ -90,13 +108,6 @@ def test_kept_at_a_site_they_do_not_travel(spec_for: Any) -> None:
     assert not own & {name for name, travels in zip(layout.names, layout.trainable, strict=True) if travels}
 
 
-def test_a_variance_below_zero_counts_as_zero() -> None:
-    norm = TravellingBatchNorm(2, 1e-5).eval()
-    with torch.no_grad():
-        norm.running_var.fill_(-1)
-    assert norm(torch.ones(1, 2, 3, 3)).isfinite().all()
-
-
 def test_unless_it_is_asked_for_it_is_refused(spec_for: Any) -> None:
     module = networks.build(spec_for("resnet-small", **BATCH))
     with pytest.raises(ValueError, match="mix patients"):
@@ -111,12 +122,41 @@ def test_one_image_has_no_spread(spec_for: Any) -> None:
     assert problem.where == "optimiser.batch_size"
 
 
-@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedyogi"])
-def test_a_rule_with_steps_of_its_own_never_moves_statistics(strategy: str) -> None:
-    batch, rule = {"norm": "batch"}, {"strategy": strategy}
+MOVED: list[Sections] = [
+    {"aggregation": {"strategy": "fedavgm"}},
+    {"aggregation": {"strategy": "fedadam"}},
+    {"aggregation": {"strategy": "fedyogi"}},
+    {"aggregation": {"server_learning_rate": "2"}},
+    {"aggregation": {"minimum_sites": 4}, "secagg": {"mode": "on"}},
+]
+
+
+@pytest.mark.parametrize("sections", MOVED)
+def test_statistics_that_travel_are_averaged_as_they_are_or_not_at_all(sections: Sections) -> None:
+    batch = study_kit.merged(sections, {"network": {"norm": "batch"}})
     with pytest.raises(ConsiliumError, match="statistics of a batch norm"):
-        study_kit.study("tiny", network=batch, aggregation=rule)
-    assert study_kit.study("tiny", network=batch, aggregation=rule, local={"norms": "local"}).network.norm == "batch"
+        study_kit.study("tiny", study_kit.FIVE, **batch)
+    kept = study_kit.study("tiny", study_kit.FIVE, **study_kit.merged(batch, {"local": {"norms": "local"}}))
+    assert kept.network.norm == "batch"
+
+
+@pytest.mark.parametrize(("norms", "told"), [("shared", True), ("local", False)])
+def test_a_hospital_is_told_that_statistics_leave(norms: str, told: bool) -> None:
+    study = study_kit.study("tiny", network={"norm": "batch"}, local={"norms": norms})
+    said = " ".join(text for _, text in explain(study))
+    assert ("mean and variance of its images' features" in said) == told
+
+
+@pytest.mark.parametrize("train", ["head", "adapters", "lora"])
+def test_what_is_trained_in_part_keeps_the_statistics_it_was_given(spec_for: Any, train: str) -> None:
+    module = networks.build(spec_for("resnet-small", transfer={"train": train}, **BATCH))
+    transfer.training_mode(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module(torch.randn(4, 1, 32, 32))
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    learned = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert learned
+    assert not any("running_" in name for name in learned)
 
 
 def test_noise_and_batch_norm_exclude_each_other() -> None:

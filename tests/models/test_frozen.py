@@ -189,7 +189,7 @@ def _uneven(arrays: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(_of_a_group_norm, "'bn1' has no running_mean"), (_negative, "'bn1' has a running_var below zero"),
+    [(_of_a_group_norm, "'bn1' has no running_mean"), (_negative, "'bn1.running_var' is below zero"),
      (_not_a_number, "'layer1.0.bn1.running_mean' holds what is not a finite"), (_one_more, "'extra.running_mean' is"),
      (_beside, "'bn1.bias' is unknown"), (_narrow, r"'bn1.scale' is \[32\], not \[64\]"),
      (_uneven, "'bn1' has statistics and weights of different")],

@@ -60,7 +60,7 @@ REPEATED: dict[str, Sections] = {
     "secure": SECURE,
     "batch": {"network": {"norm": "batch"}, "aggregation": {"strategy": "fedprox", "proximal_mu": 0.01}},
     "batch-scaffold": {"network": {"norm": "batch"}, "aggregation": {"strategy": "scaffold"}},
-    "batch-secure": {"network": {"norm": "batch"}, **SECURE},
+    "batch-secure": {"network": {"norm": "batch"}, "local": {"norms": "local"}, **SECURE},
 }
 
 
