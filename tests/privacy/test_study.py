@@ -67,7 +67,7 @@ def test_reals_keep_their_value(value):
         ("test = 0.2", "test = 0.8", "leave at least a tenth"),
         ('"st-anna", "st-berta"', '"st-anna", "st-anna"', "twice"),
         ('mode = "off"', 'mode = "on"', "secagg.mode"),
-        ('norm = "group"', 'norm = "batch"', "network.norm"),
+        ('norm = "group"', 'norm = "layer"', "network.norm"),
         ("weight_standardisation = false", 'weight_standardisation = "yes"', "network.weight_standardisation"),
         ("ema = 0.0", "ema = 1", "initial weights for ever"),
         ("ema = 0.0", "ema = 1.5", "aggregation.ema"),
