@@ -2,8 +2,9 @@
 
 A batch norm (Ioffe 2015, arXiv 1502.03167) takes the mean and the spread of its channels from the images of a batch,
 and at work from a moving average of them. That average is part of the model: here it is held as parameters, so that it
-travels, is averaged over hospitals, masked and bounded like every weight, and can be kept at a hospital like other
-norms (FedBN, Li 2021, arXiv 2102.07623). No gradient reaches it; training writes it.
+travels and is averaged over hospitals like every weight, or is kept at a hospital like other norms (FedBN, Li 2021,
+arXiv 2102.07623). No gradient reaches it; training writes it. Where it travels, a study refuses whatever would cut or
+stretch it (`privacy.study`).
 
 The images of a batch act on each other, so what one patient adds to an update has no bound. A study with noise refuses
 it, and it is never the default.

@@ -2,10 +2,9 @@
 
 A network is one line of `NETWORKS`: what it is for, what it needs, and how MONAI builds it (`models.architectures`).
 All are built with norms that look at one image only, unless a study without noise asks for batch norms, and with
-nothing that writes in place, because per-patient
-gradients (Opacus; Abadi 2016, arXiv 1607.00133) are defined for such networks only. `models.adapters.check` holds
-that as a property of what was built, since an option that is accepted is not an option that is obeyed. Nothing here
-loads torch before `build` is called.
+nothing that writes in place, because per-patient gradients (Opacus; Abadi 2016, arXiv 1607.00133) are defined for such
+networks only. `models.adapters.check` holds that as a property of what was built, since an option that is accepted is
+not an option that is obeyed. Nothing here loads torch before `build` is called.
 """
 
 from __future__ import annotations

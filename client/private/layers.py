@@ -39,7 +39,7 @@ NORMS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 OTHERS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Bilinear)
 """Layers whose per-patient gradients torch.func derives."""
-_OWN = (*standardised.KINDS.values(), frozen.FrozenNorm)  # subclasses of torch's come first
+_OWN = (*standardised.KINDS.values(), frozen.FrozenNorm)  # first, as some are subclasses of the others
 SUPPORTED = (*_OWN, nn.Linear, nn.PReLU, *CONVOLUTIONS, *NORMS, *OTHERS)
 
 _CHUNK = 1 << 24

@@ -106,6 +106,43 @@ def test_scaffolds_shift_is_added_to_every_gradient(network: torch.nn.Module) ->
     np.testing.assert_allclose(updates[1] - updates[0], -0.05 * shift, atol=1e-6)
 
 
+BATCH = {**SPEC, "network": {"name": "resnet-small", "norm": "batch"}}
+
+
+def batch_norms(plan: Plan, shift: float = 0.0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The statistics and the weights of a network with batch norms after one step from the same start."""
+    module = networks.build(BATCH)
+    weights.load_state(module, weights.initial_state(BATCH, 3))
+    vector = weights.trainable_vector(module)
+    far, shifts = vector + 1, np.full_like(vector, shift)
+    train(module, tasks.get(BATCH), cohort(), replace(plan, local_steps=1, seed=7), 1, vector, anchor=far, shift=shifts)
+    state = {name: value.detach().clone() for name, value in module.named_parameters()}
+    statistics = {name: value for name, value in state.items() if "running_" in name}
+    return statistics, {name: value for name, value in state.items() if name not in statistics}
+
+
+def test_statistics_of_a_batch_norm_are_those_of_the_images_whatever_moves_the_weights() -> None:
+    """No optimiser, decay, proximal term or control variate reaches them."""
+    plain, weights_then = batch_norms(PLAN)
+    assert any(not torch.equal(value, torch.zeros_like(value)) for name, value in plain.items() if "mean" in name)
+    for plan, shift in (
+        (replace(PLAN, optimiser="adamw", weight_decay=0.5), 0.0),
+        (replace(PLAN, optimiser="sgd", momentum=0.9, weight_decay=0.5), 0.0),
+        (replace(PLAN, proximal_mu=0.5), 0.0),
+        (PLAN, 1.0),
+    ):
+        found, moved = batch_norms(plan, shift)
+        assert all(torch.equal(value, plain[name]) for name, value in found.items())
+        assert any(not torch.equal(value, weights_then[name]) for name, value in moved.items())
+
+
+def test_measuring_leaves_the_statistics_of_a_batch_norm_alone() -> None:
+    module = networks.build(BATCH)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    evaluate(module, tasks.get(BATCH), cohort(), Membership.VALIDATION)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
 def test_the_anchor_may_be_another_model_than_the_one_it_starts_from(network: torch.nn.Module) -> None:
     """Ditto: with a strong pull and no other force the model goes to the anchor."""
     anchor = weights.trainable_vector(network) + 0.01

@@ -85,7 +85,7 @@ def test_a_study_may_have_monais_network_with_its_batch_norms(spec_for: Any, tmp
     assert not any(isinstance(part, _BatchNorm) for part in ours.modules())
 
 
-def test_statistics_travel_with_the_weights_and_no_optimiser_moves_them(spec_for: Any) -> None:
+def test_statistics_travel_with_the_weights_and_no_gradient_reaches_them(spec_for: Any) -> None:
     module = networks.build(spec_for("resnet-small", **BATCH)).train()
     first = weights.trainable_vector(module)
     assert Layout.of(module).count == sum(value.numel() for value in module.state_dict().values())
